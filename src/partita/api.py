@@ -1,0 +1,180 @@
+"""The public verbs: each a few lines over the floors below."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.capture import Captured, capture
+from partita.check import require
+from partita.cluster import Cluster
+from partita.errors import UsageError
+from partita.manual import plan_from_cuts, plan_live
+from partita.measure import local_cluster
+from partita.plan import Plan
+from partita.planners.auto import auto
+from partita.planners.constraints import Constraints
+from partita.runtime.compare import Comparison, compare, observe
+from partita.runtime.front import LazyParallel, device_names, dividing
+from partita.runtime.module import ParallelModule
+from partita.runtime.live import children_bytes
+from partita.sharding.batch import layouts
+from partita.sharding.registry import sharding_rule
+
+__all__ = [
+    "ModelParallel", "ParallelModule", "autoparallel", "find_plan", "parallelize", "sharding_rule", "split", "verify",
+]  # fmt: skip
+
+Devices = str | int | Sequence[str] | Cluster
+Memory = str | int | Mapping[str, str | int] | None
+
+
+def parallelize(
+    model: nn.Module,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    devices: Devices = "auto",
+    plan: Plan | str | os.PathLike[str] | None = None,
+    memory: Memory = None,
+    optimizer: str = "adamw",
+    constraints: Constraints | Mapping[str, Any] | None = None,
+    objective: str = "train",
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+) -> ParallelModule:
+    """The model divided over ``devices``: a drop-in ``nn.Module`` with the same parameters and the same numbers.
+
+    ``example_args``, ``example_kwargs``: one typical call. ``plan``: a Plan or its file (manual); None: found here.
+    ``memory``: per device, ``"2GiB"`` or ``{device: "2GiB"}``. ``optimizer``: whose state to leave room for.
+    ``loss_fn(output, target)``: for ``train_step``. Raises PlanError (all problems at once), InfeasibleError (with the
+    nearest remedy), CaptureError, ClusterError, UsageError.
+    """
+    cluster = local_cluster(devices, memory)
+    captured = _capture(model, example_args, example_kwargs)
+    if plan is None:
+        chosen = _plan(captured, cluster, model, optimizer=optimizer, constraints=constraints, objective=objective)
+    else:
+        chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
+        if not captured.live:
+            require(chosen, captured.graph, cluster)
+    return ParallelModule(model, chosen, cluster, loss_fn=loss_fn)
+
+
+def find_plan(
+    model: nn.Module,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    devices: Devices = "auto",
+    cluster: Cluster | None = None,
+    memory: Memory = None,
+    optimizer: str = "adamw",
+    constraints: Constraints | Mapping[str, Any] | None = None,
+    objective: str = "train",
+) -> Plan:
+    """The best plan for the model on these devices, or on a described ``cluster``. Nothing is run or allocated."""
+    where = cluster if cluster is not None else local_cluster(devices, memory)
+    captured = _capture(model, example_args, example_kwargs)
+    return _plan(captured, where, model, optimizer=optimizer, constraints=constraints, objective=objective)
+
+
+def split(
+    model: nn.Module,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    at: Sequence[str],
+    devices: Devices,
+    microbatches: int = 1,
+    schedule: str = "1f1b",
+    memory: Memory = None,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+) -> ParallelModule:
+    """The model cut before each module (or op) named in ``at``: part k runs on device k."""
+    cluster = local_cluster(devices, memory)
+    names = [d.name for d in cluster.devices]
+    captured = _capture(model, example_args, example_kwargs)
+    if captured.live:
+        plan = plan_live(children_bytes(model), type(model).__name__, names, at=tuple(at), reason=captured.live)
+    else:
+        plan = plan_from_cuts(captured.graph, tuple(at), names, microbatches=microbatches, schedule=schedule)
+        require(plan, captured.graph, cluster)
+    return ParallelModule(model, plan, cluster, loss_fn=loss_fn)
+
+
+def ModelParallel(  # noqa: N802 - the shape of DistributedDataParallel
+    module: nn.Module,
+    device_ids: Sequence[int | str],
+    *,
+    split_at: Sequence[str] | None = None,
+    **options: Any,
+) -> LazyParallel:
+    """In DistributedDataParallel's shape: divided at the first call, at ``split_at`` or where the planner finds best."""
+    names = device_names(device_ids)
+
+    def divide(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelModule:
+        if split_at is None:
+            return parallelize(model, args, kwargs, devices=names, **options)
+        return split(model, args, kwargs, at=split_at, devices=names, **options)
+
+    return LazyParallel(module, divide)
+
+
+@contextlib.contextmanager
+def autoparallel(devices: Devices = "auto", **options: Any) -> Iterator[None]:
+    """Any model called inside the context, on this thread, is divided over the devices."""
+
+    def divide(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelModule:
+        return parallelize(model, args, kwargs, devices=devices, **options)
+
+    with dividing(divide):
+        yield
+
+
+def verify(
+    model: nn.Module,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    devices: Devices | None = None,
+    rtol: float = 1e-4,
+    atol: float = 1e-6,
+    seed: int = 1,
+) -> Comparison:
+    """Outputs, every named gradient and buffers of the divided model against the unsplit one, with one seed.
+
+    ``devices`` None: those the plan names. The model, its gradients and the random state are left as they were.
+    """
+    args, kwargs = tuple(example_args), dict(example_kwargs or {})
+    chosen = Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan
+    if devices is None:
+        devices = list(chosen.devices) if chosen is not None and chosen.devices else "auto"
+    parallel = parallelize(model, args, kwargs, devices=devices, plan=chosen)
+    try:
+        expected = observe(model, model, args, kwargs, seed=seed)
+        return compare(expected, observe(parallel, model, args, kwargs, seed=seed), rtol=rtol, atol=atol)
+    finally:
+        parallel.close()
+
+
+def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Captured:
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"the model must be an nn.Module; got {type(model).__name__}. Give the model itself, not its class"
+        )
+    if isinstance(args, torch.Tensor):
+        raise UsageError("example_args is a tensor; give a tuple of the call's arguments: example_args=(x,)")
+    return capture(model, tuple(args), dict(kwargs or {}))
+
+
+def _plan(captured: Captured, cluster: Cluster, model: nn.Module, **options: Any) -> Plan:
+    if captured.live:
+        names = [d.name for d in cluster.devices]
+        return plan_live(children_bytes(model), type(model).__name__, names, reason=captured.live)
+    return auto(captured.graph, layouts(captured.graph), cluster, **options)

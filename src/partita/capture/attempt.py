@@ -1,0 +1,314 @@
+"""``capture``: a model and example inputs become a Graph, or the reason why not.
+
+Traced on fake tensors at two batch sizes; a module whose inside no graph can hold runs as one opaque op.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.capture.captured import Captured
+from partita.capture.guards import make_guards
+from partita.capture.generalise import Disagree, Line, build, join, live
+from partita.capture.randomness import separate
+from partita.capture.state import ModuleState, same_random_numbers
+from partita.capture.structure import Structure, put_together, take_apart
+from partita.capture.records import Break, Call, Trace
+from partita.capture.memory import Change, Effect, Tally, memo_of_tensors, step_of
+from partita.capture.shadow import Shadow
+from partita.capture.tracer import Draws, Tracer
+from partita.errors import CaptureError
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    forward: Callable[..., Any] | None = None,
+    guards: bool = True,
+) -> Captured:
+    """The Graph of ``forward(*args, **kwargs)`` (default: the model itself), and what running it needs.
+
+    The model, its buffers and all random generators are afterwards what they were. Raises CaptureError where even
+    running the model as it is cannot work. Without ``guards`` a module that reads values of the inputs runs as one piece.
+    """
+    return _Capture(model, tuple(args), dict(kwargs or {}), forward or model, guards).result()
+
+
+class _Capture:
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[..., Any], guards: bool
+    ) -> None:
+        self.model, self.forward, self.guards = model, forward, guards
+        self.leaves, self.structure = take_apart((args, kwargs))
+        self.inputs = tuple(_input_name(path) for path in self.structure.paths)
+        self.batch = batch_of(self.leaves)
+        self.notes: list[str] = []
+        self.pieces = Pieces(model)
+        self.effects: tuple[Effect, ...] = ()
+        self.names, self.ties = named_tensors(model)
+        self.tensors = {n: t for n, (t, _) in self.names.items()}
+        self.meta = any(t.device.type == "meta" for t in (*self.leaves, *self.tensors.values()))
+
+    def result(self) -> Captured:
+        with same_random_numbers():
+            found = self.settled()
+            if isinstance(found, str):
+                return self.alive(found)
+            trace, calls = found
+            calls, shapes, batch = self.generalised(trace, calls)
+        self.notes.extend(self.pieces.notes())
+        guards = make_guards(trace, self.inputs, self.tensors)
+        self.notes.extend(f"made for these inputs: {guard}" for guard in guards)
+        graph = self.graph(trace, calls, shapes, batch)
+        used = {t.name for t in graph.tensors}
+        for call in calls:
+            if call.target in trace.opaques:
+                outs = [graph.tensor(o).shape for o in call.outputs if o]
+                trace.opaques[call.target].shapes = tuple(outs)
+        return Captured(graph, trace.opaques, {n: t for n, t in trace.constants.items() if n in used}, self.inputs,
+                        self.structure, trace.structure, guards=guards, effects=self.effects)  # fmt: skip
+
+    def settled(self) -> tuple[Trace, list[Call]] | str:
+        """A trace, after making a piece of everything in its way; or the reason why the model itself is."""
+        while True:
+            try:
+                return self.traced(self.leaves)
+            except Break as found:
+                reason = self.pieces.around(found)
+                if reason:
+                    if self.meta:
+                        raise CaptureError(
+                            f"{found}: the model reads values, and a model or inputs without data (device 'meta') have none. "
+                            "Give real example inputs and parameters, or take the read out of forward."
+                        ) from None
+                    return reason
+
+    def graph(self, trace: Trace, calls: list[Call], shapes: dict[str, Any], batch: int) -> Any:
+        return build(type(self.model).__name__, trace, calls, shapes, batch=batch, ties=self.ties,
+                     mode="train" if self.model.training else "eval", notes=tuple(self.notes))  # fmt: skip
+
+    def alive(self, reason: str) -> Captured:
+        """No graph: the model runs as it is."""
+        tracer = Tracer(self.model)
+        self.enter(tracer, self.leaves)
+        self.notes.append(f"runs module by module: {reason}")
+        return Captured(self.graph(tracer.trace, [], {}, 0), {}, {}, self.inputs, self.structure, None, live=reason)
+
+    def enter(self, tracer: Tracer, leaves: list[torch.Tensor]) -> tuple[list[Any], dict[int, Any]]:
+        """Fake inputs, and fake parameters and buffers by the identity of the real ones."""
+        fakes = {id(t): tracer.enter(name, t, role, name) for name, (t, role) in self.names.items()}
+        inputs = [tracer.enter(n, t, "input", n) for n, t in zip(self.inputs, leaves, strict=True)]
+        small = sum(t.numel() * t.element_size() for t in self.tensors.values()) < COPY_BYTES
+        real = {}
+        for name, (tensor, role) in self.names.items():
+            copy = tensor.detach().clone() if small or role == "buffer" else tensor.detach()
+            real[name] = copy.requires_grad_(tensor.requires_grad)
+        for name, leaf in zip(self.inputs, leaves, strict=True):
+            real[name] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        borrowed = frozenset() if small else frozenset(n for n, (_, role) in self.names.items() if role == "parameter")
+        tracer.shadow = Shadow(tracer.trace, real, borrowed)
+        return inputs, fakes
+
+    def traced(self, leaves: list[torch.Tensor]) -> tuple[Trace, list[Call]]:
+        """One trace of the forward on inputs of these shapes. Raises Break."""
+        try:
+            return self.trace(leaves, watch=False)
+        except Draws:
+            return self.trace(leaves, watch=True)
+
+    def trace(self, leaves: list[torch.Tensor], *, watch: bool) -> tuple[Trace, list[Call]]:
+        state = ModuleState(self.model)
+        try:
+            tracer = self.run(leaves, watch=watch)
+            changes = state.changes()
+            if changes:
+                self.excuse(tracer, leaves, state, changes)
+        finally:
+            state.restore()
+        trace = tracer.trace
+        written = {base for call in trace.calls for base in call.writes}
+        for read in trace.reads:
+            for name in written.intersection(read.buffers):
+                raise Break(f"{read.what} reads the buffer {name}, which forward changes,", read.module, read.source)
+        return trace, separate(trace)
+
+    def run(self, leaves: list[torch.Tensor], *, watch: bool = False, instead: Mapping[int, Any] | None = None) -> Tracer:
+        """Trace once and leave the model as it is afterwards, its parameters replaced by fakes."""
+        tracer = Tracer(self.model, pieces=self.pieces.paths, guards=self.guards, watch=watch)
+        inputs, fakes = self.enter(tracer, leaves)
+        args, kwargs = put_together(self.structure, inputs)
+        swap(self.model, {**fakes, **{old: fakes[real] for old, real in (instead or {}).items()}})
+        out = tracer.run(self.forward, args, kwargs)
+        tensors, tracer.trace.structure = take_apart(out)
+        for tensor in tensors:
+            tracer.trace.outputs.append(tracer.name_of(tracer.stand_in(tensor)))
+        return tracer
+
+    def excuse(self, tracer: Tracer, leaves: list[torch.Tensor], state: ModuleState, changes: list[Change]) -> None:
+        """Forward changed Python state. Fine if it stays out of the graph: a memo, or a counter nobody reads.
+
+        Told by running again from the changed state: the same ops, and no further change. Raises Break otherwise.
+        """
+        again = []
+        for path, attribute in changes:
+            kind = memo_of_tensors(tracer, state.modules[path], attribute)
+            if kind == "state":
+                raise tracer.stop(f"forward keeps a tensor that follows from its inputs in {attribute!r}", path)
+            if kind == "memo":  # made of nothing but shapes: made anew by each run
+                state.put_back(path, attribute)
+                again.append((path, attribute))
+        first = {c: vars(state.modules[c[0]]).get(c[1]) for c in changes if c not in again}
+        between = ModuleState(self.model)
+        known = {id(t) for t in self.tensors.values()}
+        originals = {id(fake): id(real) for real, fake in tracer.entered if id(real) in known}
+        second = self.run(leaves, instead=originals)
+        more = [c for c in between.changes() if c not in again]
+        counters = {}
+        for change in more:
+            step = step_of(state.value(*change), first.get(change), vars(state.modules[change[0]]).get(change[1]))
+            if step is None:
+                raise tracer.stop(f"forward changes the attribute {change[1]!r}", change[0])
+            counters[change] = step
+        self.compare(tracer, second, changes[0])
+        if counters:
+            self.count(tracer, leaves, state, counters)
+
+    def count(self, tracer: Tracer, leaves: list[torch.Tensor], state: ModuleState, steps: dict[Change, Any]) -> None:
+        """Numbers that grow by the same step in each call: allowed if forward does nothing else with them."""
+        state.restore()
+        for path, attribute in steps:
+            vars(state.modules[path])[attribute] = Tally(0, partial(tracer.stop, module=path))
+        third = self.run(leaves)
+        for (path, attribute), step in steps.items():
+            tally = vars(state.modules[path]).get(attribute)
+            if not isinstance(tally, Tally) or tally.total != step:
+                raise tracer.stop(f"forward changes the attribute {attribute!r}", path)
+        self.compare(tracer, third, next(iter(steps)))
+        self.effects = tuple(Effect(state.modules[p], a, step) for (p, a), step in steps.items())
+
+    def compare(self, tracer: Tracer, other: Tracer, change: Change) -> None:
+        if tracer.trace.calls != other.trace.calls or tracer.trace.outputs != other.trace.outputs:
+            raise tracer.stop(f"forward changes the attribute {change[1]!r} and acts on it", change[0])
+
+    def generalised(self, trace: Trace, calls: list[Call]) -> tuple[list[Call], dict[str, Any], int]:
+        """The calls and shapes with Sizes, and the batch; 0 where the sizes do not follow one."""
+        calls = live(calls, trace.outputs)
+        if self.batch == 0:
+            self.notes.append("no microbatches: the inputs share no dim 0")
+            return calls, {}, 0
+        reasons = []
+        for other in (2 * self.batch + 1, 2 * self.batch):
+            try:
+                second, second_calls = self.traced(resize(self.leaves, self.batch, other))
+                second_calls = live(second_calls, second.outputs)
+                joined, shapes = join(trace, calls, second, second_calls, Line(self.batch, other))
+                return joined, shapes, self.batch
+            except (Disagree, Break) as error:
+                reasons.append(str(error))
+            except Exception as error:  # the user's own code refuses this batch size
+                reasons.append(f"{type(error).__name__}: {error}")
+        self.notes.append(f"no microbatches: {reasons[0]}")
+        return calls, {}, 0
+
+
+class Pieces:
+    """The modules and methods that run as one op, and why. Grows outward until a trace succeeds."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        self.reasons: dict[str, str] = {}
+        for path, module in self.modules.items():
+            if path and (module._backward_hooks or module._backward_pre_hooks):
+                self.reasons[path] = "it has backward hooks"
+            elif path and isinstance(module, torch.jit.ScriptModule):
+                self.reasons[path] = "it is a ScriptModule"
+
+    @property
+    def paths(self) -> frozenset[str]:
+        return frozenset(self.reasons)
+
+    def around(self, found: Break) -> str:
+        """Make a piece around the spot: a method of the module, or the module. Returns why not, if neither can be."""
+        for piece in found.methods:
+            if piece not in self.reasons:
+                self.reasons[piece] = str(found)
+                return ""
+        path = found.module
+        while path and path in self.reasons:
+            path = path.rpartition(".")[0]
+        if not path:
+            return str(found)
+        for other, module in self.modules.items():  # modules of the user's same class will do the same
+            if other == path or (other and type(module) is type(self.modules[path]) and not _stock(module)):
+                self.reasons.setdefault(other, str(found))
+        return ""
+
+    def notes(self) -> list[str]:
+        inside = [p for p in self.reasons if not any(p != q and p.startswith(f"{q}.") for q in self.reasons)]
+        return [f"{path} runs as one piece: {self.reasons[path]}" for path in inside]
+
+
+def _stock(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
+
+
+COPY_BYTES = 2**28  # parameters up to this size are copied for real runs, larger ones read in place
+
+
+def _input_name(path: str) -> str:
+    """``[0][1]['x']`` -> ``args[1]['x']``; ``[1]['x']`` -> ``kwargs['x']``."""
+    return f"args{path[3:]}" if path.startswith("[0]") else f"kwargs{path[3:]}"
+
+
+def named_tensors(model: nn.Module) -> tuple[dict[str, tuple[torch.Tensor, str]], tuple[tuple[str, str], ...]]:
+    """Parameters and buffers by first name, with their role; every other name -> the first."""
+    found: dict[str, tuple[torch.Tensor, str]] = {}
+    first: dict[int, str] = {}
+    ties = []
+    every = [(n, t, "parameter") for n, t in model.named_parameters(remove_duplicate=False)]
+    every += [(n, t, "buffer") for n, t in model.named_buffers(remove_duplicate=False)]
+    for name, tensor, role in every:
+        if id(tensor) in first:
+            ties.append((name, first[id(tensor)]))
+        else:
+            first[id(tensor)] = name
+            found[name] = (tensor, role)
+    return found, tuple(ties)
+
+
+def swap(model: nn.Module, stand_in: dict[int, Any]) -> None:
+    """Put the stand-ins in the places of the model's parameters and buffers (ModuleState.restore undoes it)."""
+    for module in model.modules():
+        for registry in (module._parameters, module._buffers):
+            for key, tensor in list(registry.items()):
+                if tensor is not None and id(tensor) in stand_in:
+                    registry[key] = stand_in[id(tensor)]
+
+
+def batch_of(leaves: list[torch.Tensor]) -> int:
+    """The most common dim 0 among the inputs (the first of equals); 0 without inputs."""
+    counts = Counter(t.shape[0] for t in leaves if t.dim() > 0)
+    return counts.most_common(1)[0][0] if counts else 0
+
+
+def resize(leaves: list[torch.Tensor], batch: int, other: int) -> list[torch.Tensor]:
+    """The inputs with ``other`` rows where they have ``batch``: rows repeat from the first on."""
+    made = []
+    for leaf in leaves:
+        if leaf.dim() == 0 or leaf.shape[0] != batch or batch == 0:
+            made.append(leaf)
+            continue
+        rows = torch.arange(other, device=leaf.device) % batch
+        made.append(leaf.detach().index_select(0, rows).requires_grad_(leaf.requires_grad))
+    return made
+
+
+__all__ = ["CaptureError", "Structure", "capture"]

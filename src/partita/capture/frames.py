@@ -1,0 +1,38 @@
+"""Where in the user's code an op comes from."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+TORCH = str(Path(torch.__file__).parent) + "/"
+_PARTITA = str(Path(__file__).parent.parent) + "/"
+_STDLIB = str(Path(linecache.__file__).parent) + "/"
+
+
+@lru_cache(maxsize=4096)
+def _foreign(filename: str) -> bool:
+    """Torch's, ours, or Python's own: not the user's."""
+    if filename.startswith((TORCH, _PARTITA, "<frozen", "<string", "<eval_with_key")):
+        return True
+    return filename.startswith(_STDLIB) and "site-packages" not in filename
+
+
+@lru_cache(maxsize=65536)
+def _line(filename: str, number: int) -> str:
+    code = linecache.getline(filename, number).strip()
+    return f"{filename}:{number}: {code}" if code else f"{filename}:{number}"
+
+
+def user_line() -> str:
+    """The innermost line on the stack that is neither torch's nor partita's: ``file.py:12: y = f(x)``."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if not _foreign(frame.f_code.co_filename):
+            return _line(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""

@@ -1,0 +1,77 @@
+"""Python attributes that forward changes: which of them may stay out of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from partita import torch_compat as tc
+from partita.capture.structure import take_apart
+
+if TYPE_CHECKING:
+    from partita.capture.tracer import Tracer
+
+Change = tuple[str, str]  # (module path, attribute)
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """``module.attribute += step`` after each call."""
+
+    module: nn.Module
+    attribute: str
+    step: Any
+
+    def apply(self) -> None:
+        setattr(self.module, self.attribute, getattr(self.module, self.attribute) + self.step)
+
+
+class Tally:
+    """Stands in for a number and suffers only ``+ number`` and ``- number``; every other use stops the trace."""
+
+    __slots__ = ("stop", "total")
+
+    def __init__(self, total: Any, stop: Callable[[str], BaseException]) -> None:
+        self.total, self.stop = total, stop
+
+    def _plus(self, other: Any, sign: int) -> Tally:
+        if type(other) not in (int, float):
+            raise self.stop("forward acts on a number that it changes")
+        return Tally(self.total + sign * other, self.stop)
+
+    def __add__(self, other: Any) -> Tally:
+        return self._plus(other, 1)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Tally:
+        return self._plus(other, -1)
+
+    def _use(self, *args: Any) -> Any:
+        raise self.stop("forward acts on a number that it changes")
+
+    __bool__ = __int__ = __float__ = __index__ = __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _use
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __pow__ = __neg__ = __rsub__ = _use
+    __str__ = __repr__ = __format__ = __abs__ = __rfloordiv__ = __rmod__ = __rpow__ = __divmod__ = __round__ = _use
+
+
+def step_of(before: Any, between: Any, after: Any) -> Any:
+    """The step of a number that moves evenly; None if it does not, or is no number."""
+    if type(before) is not type(between) or type(between) is not type(after) or type(before) not in (int, float):
+        return None
+    return between - before if after - between == between - before else None
+
+
+def memo_of_tensors(tracer: Tracer, module: nn.Module, attribute: str) -> str:
+    """'' where the attribute holds no traced tensor; 'memo' where these follow from shapes alone; else 'state'."""
+    value = vars(module).get(attribute)
+    if isinstance(value, nn.Module) or (callable(value) and not isinstance(value, torch.Tensor)):
+        return ""
+    tensors = [t for t in take_apart(value)[0] if isinstance(t, tc.FakeTensor) and id(t) not in tracer.originals]
+    if not tensors:
+        return ""
+    return "memo" if all(not tracer.taint(tracer.name_of(t)) for t in tensors) else "state"

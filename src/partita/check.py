@@ -1,0 +1,290 @@
+"""Check: everything wrong with a plan for this model on these devices, at once, each finding with its remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Protocol
+
+from partita.assign import assign, covers
+from partita.cluster import Cluster
+from partita.errors import PlanError
+from partita.graph import Graph, Op
+from partita.plan import Plan
+from partita.schedules import NAMES
+from partita.units import format_bytes
+
+BATCH_NORMS = ("exact", "per_microbatch")
+
+
+class Coupled(Protocol):
+    """What ``check`` asks of ``sharding.batch.BatchLayouts``."""
+
+    @property
+    def microbatchable(self) -> bool: ...
+
+
+def require(
+    plan: Plan,
+    graph: Graph,
+    cluster: Cluster,
+    layouts: Coupled | None = None,
+    *,
+    memory: Mapping[str, int] | None = None,
+    what: str = "the plan cannot be carried out",
+) -> None:
+    """Raises PlanError with every problem ``check`` finds."""
+    problems = check(plan, graph, cluster, layouts, memory=memory)
+    if problems:
+        raise PlanError(f"{what}:", problems)
+
+
+def check(
+    plan: Plan,
+    graph: Graph,
+    cluster: Cluster,
+    layouts: Coupled | None = None,
+    *,
+    memory: Mapping[str, int] | None = None,
+) -> tuple[str, ...]:
+    """Every problem in words, with what to do; empty for a plan that can run.
+
+    ``layouts``: the graph's batch layouts, to see whether it can be cut into microbatches. ``memory``: predicted bytes
+    per device (a simulated trace's ``memory``), to compare with the cluster's limits; the plan's own prediction is not
+    trusted.
+    """
+    problems: list[str] = []
+    problems += _model(plan, graph)
+    problems += _batch(plan, graph, layouts)
+    problems += _devices(plan, cluster)
+    names = _names(plan, graph)
+    problems += names
+    if plan.stages:
+        stage_of = assign(plan, graph)
+        problems += _order(plan, graph, stage_of)
+        problems += _in_place(graph, stage_of)
+        problems += _recompute(plan, graph, stage_of)
+        problems += _empty(plan, graph, stage_of, bool(names))
+    problems += _memory(cluster, memory or {})
+    return tuple(dict.fromkeys(problems))
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """'; did you mean ...' or what there is."""
+    names = list(dict.fromkeys(n for n in known if n))
+    near = get_close_matches(name, names, n=3, cutoff=0.5)
+    if near:
+        return f"; did you mean {' or '.join(repr(n) for n in near)}?"
+    shown = ", ".join(names[:8])
+    return f"; there are {shown}{', ...' if len(names) > 8 else ''}" if names else ""
+
+
+def _model(plan: Plan, graph: Graph) -> list[str]:
+    if plan.fingerprint and graph.fingerprint and plan.fingerprint != graph.fingerprint:
+        return [
+            f"it was made for another model: {plan.model or 'a model'} with fingerprint {plan.fingerprint[:12]}, and this "
+            f"is {graph.name or 'a model'} with {graph.fingerprint[:12]}; plan this model anew, or, where the plan is "
+            "meant for it, remove the fingerprint from the file"
+        ]
+    return []
+
+
+def _batch(plan: Plan, graph: Graph, layouts: Coupled | None) -> list[str]:
+    problems: list[str] = []
+    batch = plan.batch
+    if plan.schedule not in NAMES:
+        problems.append(f"schedule {plan.schedule!r} is not known{_near(plan.schedule, NAMES)}")
+    if plan.batch_norm not in BATCH_NORMS:
+        problems.append(f"batch_norm {plan.batch_norm!r} is not known; take 'exact' or 'per_microbatch'")
+    if batch.microbatches < 1:
+        problems.append(f"microbatches is {batch.microbatches}; it must be at least 1")
+    if batch.size < 0:
+        problems.append(f"the batch's size is {batch.size}; it must be at least 1 (or left out)")
+    if 0 < batch.size < batch.microbatches:
+        problems.append(
+            f"{batch.microbatches} microbatches are more than the batch's {batch.size} samples; take at most {batch.size}"
+        )
+    if batch.sizes:
+        if len(batch.sizes) != batch.microbatches:
+            problems.append(
+                f"sizes names {len(batch.sizes)} microbatches, and microbatches is {batch.microbatches}: make them agree"
+            )
+        if min(batch.sizes) < 1:
+            problems.append(f"sizes has a microbatch of {min(batch.sizes)} samples; each needs at least 1")
+        if batch.size and sum(batch.sizes) != batch.size:
+            problems.append(f"sizes adds up to {sum(batch.sizes)} samples, and the batch has {batch.size}")
+    cut = batch.microbatches > 1
+    if cut and layouts is not None and not layouts.microbatchable:
+        problems.append(
+            f"{batch.microbatches} microbatches: this model's inputs have no batch dim that can be cut without changing "
+            "the numbers; set microbatches to 1"
+        )
+    elif cut and layouts is None and graph.batch == 0:
+        problems.append(
+            f"{batch.microbatches} microbatches: no batch dim was found in the model's inputs; set microbatches to 1"
+        )
+    return problems
+
+
+def _devices(plan: Plan, cluster: Cluster) -> list[str]:
+    problems: list[str] = []
+    known = [d.name for d in cluster.devices]
+    if not plan.stages:
+        problems.append("it has no stages; list at least one, with its devices")
+    for s, stage in enumerate(plan.stages):
+        if not stage.devices:
+            problems.append(f"stage {s} has no devices; give it one of {', '.join(known)}")
+        for device in dict.fromkeys(stage.devices):
+            if device not in known:
+                shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+                problems.append(f"stage {s} runs on {device!r}, which is no device here; there are {shown}")
+            if stage.devices.count(device) > 1:
+                problems.append(f"stage {s} lists {device!r} more than once; replicas need different devices")
+        if len(stage.devices) > plan.batch.microbatches >= 1:
+            problems.append(
+                f"stage {s} has {len(stage.devices)} replicas but the plan only {plan.batch.microbatches} "
+                f"microbatch{'es' if plan.batch.microbatches != 1 else ''}: some would idle; set microbatches to "
+                f"{len(stage.devices)} or more, or take devices away"
+            )
+    return problems
+
+
+def _names(plan: Plan, graph: Graph) -> list[str]:
+    problems: list[str] = []
+    op_names = {op.name for op in graph.ops}
+    modules = _modules(graph)
+    first: dict[tuple[str, str], int] = {}
+    for s, stage in enumerate(plan.stages):
+        for name in stage.modules:
+            if name and not _runs(name, modules):
+                problems.append(_unknown(f"stage {s} lists module {name!r}", name, graph, modules))
+        for name in stage.ops:
+            if name not in op_names:
+                problems.append(f"stage {s} lists op {name!r}, which the model does not run{_near(name, op_names)}")
+        for kind, names in (("module", stage.modules), ("op", stage.ops)):
+            for name in dict.fromkeys(names):
+                other = first.setdefault((kind, name), s)
+                if other != s:
+                    problems.append(f"{kind} {name!r} is listed by stages {other} and {s}; keep it in one of them")
+        for name in stage.recompute:
+            if name and name not in op_names and not _runs(name, modules):
+                problems.append(_unknown(f"stage {s} recomputes {name!r}", name, graph, modules))
+    return problems
+
+
+def _recompute(plan: Plan, graph: Graph, stage_of: Mapping[str, int]) -> list[str]:
+    """Names a stage recomputes though another stage runs them."""
+    lines = []
+    for s, stage in enumerate(plan.stages):
+        for name in stage.recompute:
+            where = {stage_of[op.name] for op in graph.ops if op.name == name or (name and covers(name, op.module))}
+            if where and s not in where:
+                lines.append(
+                    f"stage {s} lists {name!r} under recompute, but stage {min(where)} runs it: list it there"
+                )
+    return lines
+
+
+def _modules(graph: Graph) -> dict[str, None]:
+    """Paths of every module call that runs ops, and of the modules around it."""
+    found: dict[str, None] = {}
+    for path in dict.fromkeys(op.module for op in graph.ops if op.module):
+        parts = path.split(".")
+        for i in range(len(parts)):
+            found[".".join(parts[: i + 1])] = None
+    return found
+
+
+def _runs(name: str, modules: Mapping[str, None]) -> bool:
+    return name in modules or any(covers(name, path) for path in modules)
+
+
+def _unknown(what: str, name: str, graph: Graph, modules: Mapping[str, None]) -> str:
+    held = [t.path for t in graph.of_role("parameter", "buffer") if t.path]
+    held += [alias for alias, _ in graph.ties]
+    if any(path == name or path.startswith(name + ".") for path in held):
+        return f"{what}, which holds parameters but runs no op of its own in this call; leave it out"
+    return f"{what}, which names no module the model runs{_near(name, modules)}"
+
+
+def _order(plan: Plan, graph: Graph, stage_of: Mapping[str, int]) -> list[str]:
+    """Values that would have to flow to an earlier stage; one line for each pair of modules."""
+    lines: dict[tuple[int, int, str, str], str] = {}
+    for op in graph.ops:
+        here = stage_of[op.name]
+        for name in op.uses():
+            producer = graph.producer(name)
+            if producer is None:
+                continue
+            made_by = graph.ops[producer]
+            there = stage_of[made_by.name]
+            if there > here:
+                key = (there, here, made_by.module, op.module)
+                lines.setdefault(
+                    key,
+                    f"stage {here} runs {_where(op)}, which needs {name!r} of {_where(made_by)} in the later stage {there}: "
+                    f"move one of them, or put {op.module or op.name} into stage {there} or later",
+                )
+    return _few(list(lines.values()), "more values flow backwards in the same way")
+
+
+def _where(op: Op) -> str:
+    code = f" ({op.source})" if op.source else ""
+    return f"{op.name}{code}"
+
+
+def _few(lines: list[str], rest: str, limit: int = 6) -> list[str]:
+    return lines if len(lines) <= limit else [*lines[:limit], f"{len(lines) - limit} {rest}"]
+
+
+def _in_place(graph: Graph, stage_of: Mapping[str, int]) -> list[str]:
+    """Memory changed in one stage and made, or (for a buffer) used, in another."""
+    touching: dict[str, list[Op]] = {}
+    written: dict[str, list[Op]] = {}
+    for op in graph.ops:
+        for base in {graph.tensor(t).base or t for t in op.uses()}:
+            touching.setdefault(base, []).append(op)
+        for base in op.writes:
+            written.setdefault(base, []).append(op)
+    lines = []
+    for base, writers in written.items():
+        producer = graph.producer(base)
+        others = [graph.ops[producer]] if producer is not None else touching.get(base, [])
+        for writer in writers:
+            apart = next((o for o in others if stage_of[o.name] != stage_of[writer.name]), None)
+            if apart is None:
+                continue
+            tensor = graph.tensor(base)
+            lines.append(
+                f"stage {stage_of[writer.name]} runs {_where(writer)}, which changes {tensor.path or base!r} in place; "
+                f"{_where(apart)} in stage {stage_of[apart.name]} {'made' if producer is not None else 'uses'} it: keep "
+                "both in one stage"
+            )
+            break
+    return _few(lines, "more tensors are changed in place across stages")
+
+
+def _empty(plan: Plan, graph: Graph, stage_of: Mapping[str, int], names_wrong: bool) -> list[str]:
+    used = set(stage_of.values())
+    lines = []
+    for s, stage in enumerate(plan.stages):
+        if s in used or names_wrong:
+            continue
+        listed: Sequence[str] = (*stage.modules, *stage.ops)
+        why = (
+            f"every op of {', '.join(map(repr, listed[:3]))} is listed by another stage under a longer name"
+            if listed
+            else "it lists no modules and no ops"
+        )
+        lines.append(f"stage {s} has nothing to run: {why}; list modules there or remove the stage")
+    return lines
+
+
+def _memory(cluster: Cluster, memory: Mapping[str, int]) -> list[str]:
+    limits = {d.name: d.memory_bytes for d in cluster.devices}
+    return [
+        f"{device} would need {format_bytes(need)} and may use {format_bytes(limits[device])}: move modules to another "
+        "stage, recompute some, take more microbatches, or allow it more memory"
+        for device, need in memory.items()
+        if device in limits and need > limits[device]
+    ]

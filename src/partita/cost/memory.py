@@ -1,0 +1,52 @@
+"""Memory of one device: parameters, gradients, optimizer state, activations in flight, buffers; closed forms.
+
+Devices that share a memory (groups of CPU cores) hold a replicated parameter once, with its owner, the stage's first
+device; every replica has its own gradient.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from types import MappingProxyType
+
+from partita.errors import UsageError
+
+OPTIMIZER_STATE = MappingProxyType(
+    {"none": 0, "sgd": 0, "momentum": 1, "sgd_momentum": 1, "adagrad": 1, "rmsprop": 1, "lion": 1, "adam": 2,
+     "adamw": 2, "nadam": 2, "radam": 2, "adamax": 2}
+)  # fmt: skip
+"""Optimizer's name -> its state as a multiple of the trained parameters' bytes."""
+
+
+def optimizer_factor(name: str) -> int:
+    """Raises UsageError for an optimizer without a known state."""
+    key = name.lower()
+    if key not in OPTIMIZER_STATE:
+        raise UsageError(f"optimizer {name!r} has no known memory need; take one of {', '.join(OPTIMIZER_STATE)}")
+    return OPTIMIZER_STATE[key]
+
+
+def static_bytes(parameters: float, trained: float, *, optimizer: str, train: bool = True, owner: bool = True) -> float:
+    """What stays for the whole step: ``parameters`` (buffers too) + gradients + state of the ``trained`` part.
+
+    A replica that shares its owner's memory holds gradients only.
+    """
+    gradients = trained if train else 0.0
+    if not owner:
+        return gradients
+    return parameters + gradients + (optimizer_factor(optimizer) * trained if train else 0.0)
+
+
+def in_flight(schedule: str, *, microbatches: int, replicas: int, devices_after: int, devices: int, joined: bool) -> int:
+    """Microbatches one device of a stage holds at the peak. ``microbatches``: of that device; ``devices_after``: used
+    by this stage and all later ones; ``devices``: by all stages. Exact for gpipe and 1f1b with one stage a device.
+    """
+    if joined or schedule == "gpipe":
+        return microbatches
+    reach = devices if schedule == "zero_bubble" else devices_after
+    return max(1, min(microbatches, ceil(reach / replicas - 1e-9)))
+
+
+def shares_memory(device: str) -> bool:
+    """Whether devices named like this live in one memory: CPU core groups (``cpu:0``) do."""
+    return device.partition(":")[0] == "cpu"

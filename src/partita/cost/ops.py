@@ -1,0 +1,132 @@
+"""What one op costs, from its counts: a roofline of operations and bytes above a floor (Williams et al., 2009).
+
+    forward  = overhead + max(flops / (efficiency * device.flops), bytes / device.memory_bandwidth)
+    backward = as much again to the inputs and, where it has weights, as much again for them
+
+Accuracy: within a factor of about two on real devices; measured timings replace it where the machine is at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from types import MappingProxyType
+
+from partita.cluster import Device
+from partita.cost.affine import Affine, through
+from partita.graph import Graph, Op, at
+
+_FAMILIES = {
+    "matmul": "linear mm addmm bmm baddbmm matmul einsum addmv mv dot",
+    "conv": "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d _convolution",
+    "attention": "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu multi_head_attention_forward",
+    "view": "view reshape _unsafe_view transpose t permute expand squeeze unsqueeze select slice narrow split "
+    "split_with_sizes chunk unbind alias detach flatten unflatten view_as expand_as swapaxes movedim diagonal "
+    "as_strided unfold numpy_T contiguous lift_fresh size getitem broadcast_to real imag view_as_real view_as_complex",
+    "linear": "add add_ sub sub_ neg sum mean cat stack clone _to_copy to copy_ pad constant_pad_nd rsub cumsum roll "
+    "flip repeat index_select embedding masked_fill masked_fill_ upsample_nearest2d",
+    "output": "relu relu_ sigmoid sigmoid_ tanh tanh_ exp softmax _softmax log_softmax _log_softmax sqrt rsqrt "
+    "reciprocal hardtanh relu6",
+}
+FAMILY = MappingProxyType({name: family for family, names in _FAMILIES.items() for name in names.split()})
+"""Op's short name -> 'matmul', 'conv', 'attention', 'view' (no work), 'linear' (saves nothing), 'output' (saves its
+result); everything else saves its inputs."""
+
+EFFICIENCY = MappingProxyType({"matmul": 1.0, "conv": 0.7, "attention": 0.5})
+_ELEMENTWISE_EFFICIENCY = 0.25
+
+
+def short(target: str) -> str:
+    """``aten.linear.default`` -> ``linear``."""
+    parts = target.split(".")
+    return parts[1] if len(parts) > 1 and not target.startswith("opaque:") else target
+
+
+def family(op: Op) -> str:
+    return FAMILY.get(short(op.target), "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """One op, at a number of samples: flops and bytes moved; ``weights``: bytes of parameters it takes."""
+
+    flops: float
+    nbytes: float
+    weights: float
+
+
+def counts(graph: Graph, op: Op, samples: int) -> Counts:
+    """Flops scale with the elements that follow the batch; bytes are those of every operand once."""
+    tensors = [graph.tensor(name) for name in (*op.uses(), *(o for o in op.outputs if o))]
+    moved = float(sum(t.nbytes(samples) for t in tensors))
+    weights = float(sum(t.nbytes(samples) for t in tensors if t.role == "parameter"))
+    if family(op) == "view":
+        return Counts(0.0, 0.0, 0.0)
+    if short(op.target) == "embedding":
+        rows = sum(graph.tensor(o).nbytes(samples) for o in op.outputs if o)
+        return Counts(0.0, 2.0 * rows, weights)
+    flops = float(op.flops)
+    if graph.batch and any(t.follows_batch for t in tensors):
+        flops *= samples / graph.batch
+    if not flops:
+        flops = float(sum(prod(at(d, samples) for d in graph.tensor(o).shape) for o in op.outputs if o))
+    return Counts(flops, moved, weights)
+
+
+def forward_seconds(graph: Graph, op: Op, samples: int, device: Device) -> float:
+    c = counts(graph, op, samples)
+    if not c.nbytes and not c.flops:
+        return 0.4 * device.overhead_seconds
+    rate = device.flops * EFFICIENCY.get(family(op), _ELEMENTWISE_EFFICIENCY)
+    return device.overhead_seconds + max(c.flops / rate, c.nbytes / device.memory_bandwidth)
+
+
+@dataclass(frozen=True, slots=True)
+class OpCost:
+    """Seconds of one op on one kind of device, for a microbatch."""
+
+    forward: Affine
+    backward: Affine
+    weight: Affine
+
+
+def op_cost(graph: Graph, op: Op, device: Device) -> OpCost:
+    """The line through the roofline at one sample and at the graph's batch. ``weight`` includes adding the new
+    gradient to the one of earlier microbatches (read both, write one), which is bound by memory.
+    """
+    batch = max(graph.batch, 1)
+    low, high = (1, batch) if batch > 1 else (1, 2)
+    first = forward_seconds(graph, op, low, device)
+    forward = through(low, first, high, forward_seconds(graph, op, high, device))
+    outputs_need = any(graph.tensor(o).needs_grad for o in op.outputs if o)
+    if not (op.grad and outputs_need):
+        return OpCost(forward, Affine(), Affine())
+    uses = [graph.tensor(name) for name in op.uses()]
+    parameters = [t for t in uses if t.role == "parameter" and t.needs_grad]
+    others = any(t.needs_grad and t.role != "parameter" for t in uses)
+    kind = family(op)
+    heavy = kind in ("matmul", "conv")
+    factor = 2.0 if (heavy and not parameters) or kind == "attention" else 1.0 if heavy or kind == "view" else 1.5
+    backward = forward.scaled(factor) if others else Affine(device.overhead_seconds)
+    if not parameters:
+        return OpCost(forward, backward, Affine())
+    gathered = 3.0 * sum(t.nbytes(1) for t in parameters) / device.memory_bandwidth
+    product = forward if heavy or kind == "other" else Affine(device.overhead_seconds)
+    return OpCost(forward, backward, product + Affine(gathered))
+
+
+def saved_tensors(graph: Graph, op: Op) -> tuple[str, ...]:
+    """Tensors autograd keeps for this op's backward (parameters, buffers and constants not counted)."""
+    if not op.grad or not any(graph.tensor(o).needs_grad for o in op.outputs if o):
+        return ()
+    kind, outputs = family(op), tuple(o for o in op.outputs if o)
+    if kind in ("view", "linear"):
+        if short(op.target) in ("embedding", "index_select", "masked_fill", "masked_fill_"):
+            return tuple(n for n in op.uses() if graph.tensor(n).role == "op" and not graph.tensor(n).needs_grad)
+        return ()
+    if kind == "output":
+        return outputs[:1]
+    inputs = tuple(n for n in op.uses() if graph.tensor(n).role in ("op", "input"))
+    if short(op.target) in ("mul", "mul_", "div", "div_") and len(inputs) < 2:
+        return ()
+    return (*inputs, *outputs[:1]) if kind == "attention" or op.target.startswith("opaque:") else inputs

@@ -1,0 +1,194 @@
+"""CostTable: seconds and saved bytes of every op on every kind of device; any set of ops costs the sum of its shares.
+
+Where a block was measured, its timing is shared over its ops in proportion to the analytic model, so a plan that cuts
+a block apart is still priced, and the blocks' sums are the measured numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partita.cluster import Cluster, Device
+from partita.cost.affine import Affine, through
+from partita.cost.blocks import Block, blocks
+from partita.cost.measured import Measured
+from partita.cost.ops import op_cost, saved_tensors
+from partita.graph import Graph
+from partita.program import Program
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentCost:
+    """Of a set of ops on one kind of device. Seconds and bytes for a microbatch; ``saved``: kept from F to B.
+
+    ``parameters``: (name, bytes, trains) of each parameter and buffer it takes. ``transient``: alive only while it runs.
+    """
+
+    forward: Affine
+    backward: Affine = Affine()
+    weight: Affine = Affine()
+    saved: Affine = Affine()
+    transient: Affine = Affine()
+    parameters: tuple[tuple[str, int, bool], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CostTable:
+    """Arrays of shape (ops, 2): fixed and per sample. ``blocks``: the units measured, in order."""
+
+    graph: Graph
+    blocks: tuple[Block, ...]
+    forward: Mapping[str, Array]
+    backward: Mapping[str, Array]
+    weight: Mapping[str, Array]
+    saved: Array
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(self.forward)
+
+
+def cost_table(
+    graph: Graph,
+    cluster: Cluster,
+    *,
+    measured: Measured | None = None,
+    units: Sequence[Block] | None = None,
+) -> CostTable:
+    """Prices for each kind of device in the cluster. ``units``: the blocks that were measured (``blocks(graph)``)."""
+    parts = tuple(units) if units is not None else blocks(graph)
+    devices: dict[str, Device] = {}
+    for device in cluster.devices:
+        devices.setdefault(device.kind, device)
+    forward: dict[str, Array] = {}
+    backward: dict[str, Array] = {}
+    weight: dict[str, Array] = {}
+    saved = _saved(graph)
+    batch = max(graph.batch, 1)
+    for kind, device in devices.items():
+        rows = [op_cost(graph, op, device) for op in graph.ops]
+        f, b, w = (
+            np.array([(getattr(r, part).fixed, getattr(r, part).per_sample) for r in rows]).reshape(-1, 2)
+            for part in ("forward", "backward", "weight")
+        )
+        for block in parts if measured is not None else ():
+            timing = measured.get(block.signature, kind) if measured is not None else None
+            if timing is None:
+                continue
+            where = slice(block.start, block.stop)
+            for array, value in ((f, timing.forward), (b, timing.backward), (w, timing.weight)):
+                _share(array[where], value, batch)
+            if timing.saved is not None:
+                _share(saved[where], timing.saved, batch)
+        forward[kind], backward[kind], weight[kind] = f, b, w
+    return CostTable(graph, parts, forward, backward, weight, saved)
+
+
+def _share(rows: Array, value: Affine, batch: int) -> None:
+    """Writes ``value`` over the rows in proportion to what they were at ``batch`` (equally where that is 0)."""
+    now = rows[:, 0] + rows[:, 1] * batch
+    total = now.sum()
+    part = now / total if total > 0 else np.full(len(rows), 1.0 / max(len(rows), 1))
+    rows[:, 0], rows[:, 1] = part * value.fixed, part * value.per_sample
+
+
+def tensor_bytes(graph: Graph, name: str) -> Affine:
+    """Bytes of one tensor as a line through one sample and the graph's batch."""
+    batch = max(graph.batch, 2)
+    tensor = graph.tensor(name)
+    return through(1, tensor.nbytes(1), batch, tensor.nbytes(batch))
+
+
+def _saved(graph: Graph) -> Array:
+    """Bytes kept for backward, with the op that makes them (inputs of the call: the first that keeps them).
+
+    A stage that receives a tensor counts it as a received one; every storage is counted once.
+    """
+    result = np.zeros((len(graph.ops), 2))
+    seen: set[str] = set()
+    for i, op in enumerate(graph.ops):
+        for name in saved_tensors(graph, op):
+            base = graph.tensor(name).base or name
+            if base in seen or graph.tensor(base).role in ("parameter", "buffer", "constant"):
+                continue
+            seen.add(base)
+            producer = graph.producer(base)
+            size = tensor_bytes(graph, base)
+            result[i if producer is None else producer] += (size.fixed, size.per_sample)
+    return result
+
+
+def parameters_of(graph: Graph, ops: Iterable[int]) -> tuple[tuple[str, int, bool], ...]:
+    """(name, bytes, trains) of each parameter, buffer and constant these ops take; tied ones once."""
+    found: dict[str, tuple[str, int, bool]] = {}
+    for i in ops:
+        for name in graph.ops[i].uses():
+            base = graph.tensor(name).base or name
+            tensor = graph.tensor(base)
+            if tensor.role in ("parameter", "buffer", "constant"):
+                found[base] = (base, tensor.nbytes(max(graph.batch, 1)), tensor.role == "parameter" and tensor.needs_grad)
+    return tuple(found.values())
+
+
+def segment_cost(
+    table: CostTable, kind: str, ops: Sequence[int], recompute: Sequence[tuple[int, int]] = ()
+) -> SegmentCost:
+    """Of these ops (indices). ``recompute``: ranges of positions in ``ops`` that run again in backward: their saved
+    bytes shrink to what enters the range, their forward time is paid twice.
+    """
+    graph, index = table.graph, np.asarray(ops, dtype=np.int64)
+    if not len(index):
+        return SegmentCost(Affine())
+    forward = _sum(table.forward[kind][index])
+    backward, weight = _sum(table.backward[kind][index]), _sum(table.weight[kind][index])
+    saved = _sum(table.saved[index])
+    peak = Affine()
+    for start, stop in recompute:
+        inside = index[start:stop]
+        again = _sum(table.saved[inside])
+        made = {o for i in inside for o in graph.ops[i].outputs}
+        entering = {
+            graph.tensor(n).base or n
+            for i in inside
+            for n in graph.ops[i].uses()
+            if n not in made and graph.tensor(n).role in ("op", "input")
+        }
+        kept = sum((tensor_bytes(graph, n) for n in entering), Affine())
+        backward = backward + _sum(table.forward[kind][inside])
+        saved = saved + again.scaled(-1.0) + kept
+        peak = max(peak, again, key=lambda a: a.at(max(graph.batch, 1)))
+    largest = max(
+        (tensor_bytes(graph, o) for i in ops for o in graph.ops[i].outputs if o),
+        key=lambda a: a.at(max(graph.batch, 1)),
+        default=Affine(),
+    )
+    return SegmentCost(forward, backward, weight, saved, peak + largest, parameters_of(graph, ops))
+
+
+def _sum(rows: Array) -> Affine:
+    fixed, per_sample = rows.sum(axis=0)
+    return Affine(float(fixed), float(per_sample))
+
+
+def segment_costs(program: Program, table: CostTable, cluster: Cluster) -> dict[tuple[int, str], SegmentCost]:
+    """(segment, device name) -> its cost, for every device the program may run the segment on."""
+    position = {op.name: i for i, op in enumerate(table.graph.ops)}
+    known: dict[tuple[int, str], SegmentCost] = {}
+    result: dict[tuple[int, str], SegmentCost] = {}
+    kinds = {device.name: device.kind for device in cluster.devices}
+    for s, segment in enumerate(program.segments):
+        ops = [position[name] for name in segment.ops]
+        for name in dict.fromkeys(program.placement[s]):
+            kind = kinds.get(name)
+            if kind is None:
+                continue
+            if (s, kind) not in known:
+                known[s, kind] = segment_cost(table, kind, ops, segment.recompute)
+            result[s, name] = known[s, kind]
+    return result

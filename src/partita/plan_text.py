@@ -1,0 +1,88 @@
+"""A plan in plain words: a line for what it is, a table of its stages, and why it is so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+
+from partita.plan import Plan
+from partita.units import format_bytes, format_seconds
+
+_NUMBER = re.compile(r"(?:(?<=[.:])|^)(?:0|[1-9][0-9]*)$", re.ASCII)
+
+
+def shorten(names: Sequence[str], limit: int = 48) -> str:
+    """``blocks.0, blocks.1, cpu:0, cpu:1`` -> ``blocks.0-1, cpu:0-1``; the rest is counted where it does not fit."""
+    runs: list[list[str]] = []  # [stem, first number, last number] or [name]
+    for name in names:
+        number = _NUMBER.search(name)
+        if number is None:
+            runs.append([name])
+            continue
+        stem, last = name[: number.start()], number.group()
+        if runs and len(runs[-1]) == 3 and runs[-1][0] == stem and int(runs[-1][2]) == int(last) - 1:
+            runs[-1][2] = last
+        else:
+            runs.append([stem, last, last])
+    parts = ["".join(r[:2]) + (f"-{r[2]}" if len(r) == 3 and r[1] != r[2] else "") for r in runs]
+    text = ""
+    for i, part in enumerate(parts):
+        longer = f"{text}, {part}" if text else part
+        if len(longer) > limit and text:
+            return f"{text}, and {len(parts) - i} more"
+        text = longer
+    return text
+
+
+def counted(words: Sequence[str]) -> str:
+    """``2MiB, 2MiB, 1MiB`` -> ``2 x 2MiB, 1MiB``."""
+    groups = [(word, len(list(same))) for word, same in groupby(words)]
+    return ", ".join(word if n == 1 else f"{n} x {word}" for word, n in groups)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns aligned by spaces, a rule under the header."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]
+
+
+def explain(plan: Plan) -> str:
+    """``Plan.explain()``."""
+    count = len(plan.stages)
+    size = f", {plan.batch.size} samples" if plan.batch.size else ""
+    lines = [
+        f"{plan.model or 'model'}: {count} stage{'s' if count != 1 else ''} on {shorten(plan.devices, 90)}; "
+        f"{plan.batch.microbatches} microbatch{'es' if plan.batch.microbatches != 1 else ''}{size}; "
+        f"schedule {plan.schedule}"
+    ]
+    if plan.status == "manual":
+        lines.append("written by hand")
+    else:
+        gap = f", at most {plan.gap:.1%} from the best possible" if plan.status == "feasible" and plan.gap else ""
+        lines.append(f"found by the planner ({plan.status}{gap})")
+    if plan.batch_norm != "exact":
+        lines.append("batch statistics are taken per microbatch, as allowed: numbers differ from the unsplit model's")
+    memory = dict(plan.predicted.memory) if plan.predicted else {}
+    rows = []
+    for i, stage in enumerate(plan.stages):
+        parts = shorten(stage.modules)
+        if stage.ops:
+            parts = f"{parts}{' + ' if parts else ''}{len(stage.ops)} op{'s' if len(stage.ops) != 1 else ''}"
+        need = counted([format_bytes(memory[d]) for d in stage.devices if d in memory])
+        runs = parts or "what no other stage lists"
+        rows.append((str(i), shorten(stage.devices), runs, shorten(stage.recompute) or "-", need or "-"))
+    lines += ["", *table(("stage", "devices", "runs", "recomputes", "peak memory"), rows)]
+    sharded = [f"  stage {i}: {name} as {how}" for i, s in enumerate(plan.stages) for name, how in s.shard]
+    if sharded:
+        lines += ["", "sharded:", *sharded]
+    if plan.predicted is not None and plan.predicted.step_seconds:
+        predicted = plan.predicted
+        speedup = predicted.one_device_seconds / predicted.step_seconds
+        ratio = f", {speedup:.2f}x one device" if speedup else ""
+        slow = f"; {predicted.bottleneck} is the slowest" if predicted.bottleneck else ""
+        lines += ["", f"predicted: {format_seconds(predicted.step_seconds)} a step{ratio}{slow}"]
+    if plan.reasons:
+        lines += ["", "why:", *(f"  - {reason}" for reason in plan.reasons)]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Planners: (Graph, Cluster, limits) to a Plan; one algorithm and one source per file."""

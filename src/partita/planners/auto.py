@@ -1,0 +1,372 @@
+"""Auto: from a graph and a cluster to the best plan: search in closed form, then rank the winners by simulation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from partita.cluster import Cluster
+from partita.cost.blocks import blocks, legal_cuts
+from partita.cost.measured import Measured
+from partita.cost.memory import optimizer_factor
+from partita.cost.table import CostTable, cost_table, segment_costs
+from partita.errors import InfeasibleError, PlanError, UsageError
+from partita.graph import Graph
+from partita.lower import lower
+from partita.manual import stage_names
+from partita.plan import Batch, Plan, Predicted, Stage
+from partita.planners.build import Built, build
+from partita.planners.constraints import Constraints, Resolved, resolve
+from partita.planners.explain import binding_reasons, cut_reasons, other_reasons
+from partita.planners.objective import fits
+from partita.planners.problem import Candidate, Infeasible, Optimal, Outcome, Pool, StageChoice
+from partita.planners.remedies import remedies
+from partita.planners.stages import stages
+from partita.sharding.batch import BatchLayouts, layouts
+from partita.simulate import simulate
+from partita.units import format_bytes, format_seconds
+
+RANK_SECONDS = 0.5
+RECOMPUTE_UNITS = 64
+IDEALS_BLOCKS = 40
+SLACK = 0.002
+TIGHT_SLACK = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A candidate as a plan, with what simulation says of it."""
+
+    plan: Plan
+    candidate: Candidate
+    seconds: float
+    memory: tuple[tuple[str, int], ...]
+    bottleneck: str
+
+
+def auto(
+    graph: Graph,
+    batch_layouts: BatchLayouts,
+    cluster: Cluster,
+    *,
+    optimizer: str = "adamw",
+    constraints: Constraints | Mapping[str, Any] | None = None,
+    objective: str = "train",
+    batch: int = 0,
+    measured: Measured | None = None,
+    batch_norm: str = "exact",
+    sync_batch_norm: bool = False,
+) -> Plan:
+    """The fastest plan that fits, with its reasons. ``objective``: 'train' or 'inference'. ``batch``: samples a step (0:
+    the graph's). ``measured``: timings that replace the analytic model. ``sync_batch_norm``: the runtime can run as many
+    replicas as microbatches with common statistics. Raises InfeasibleError with the nearest remedies, PlanError for
+    constraints that contradict each other, UsageError for names that mean nothing.
+    """
+    return _Planner(
+        graph, batch_layouts, cluster, optimizer, Constraints.read(constraints), objective, batch or graph.batch,
+        measured, batch_norm, sync_batch_norm,
+    ).plan()  # fmt: skip
+
+
+class _Planner:
+    def __init__(
+        self,
+        graph: Graph,
+        batch_layouts: BatchLayouts,
+        cluster: Cluster,
+        optimizer: str,
+        constraints: Constraints,
+        objective: str,
+        batch: int,
+        measured: Measured | None,
+        batch_norm: str,
+        sync_batch_norm: bool,
+    ) -> None:
+        if objective not in ("train", "inference"):
+            raise UsageError(f"objective {objective!r} is not known; take 'train' or 'inference'")
+        optimizer_factor(optimizer)
+        if not graph.ops:
+            raise PlanError("the model runs no ops for these inputs: there is nothing to divide")
+        if not cluster.devices:
+            raise PlanError("the cluster has no devices")
+        self.graph, self.layouts, self.cluster = graph, batch_layouts, cluster
+        self.optimizer, self.constraints, self.batch, self.batch_norm = optimizer, constraints, batch, batch_norm
+        self.train = objective == "train" and any(t.needs_grad for t in graph.of_role("parameter", "input"))
+        self.resolved = self._resolve()
+        self.table: CostTable = cost_table(graph, cluster, measured=measured)
+        self.sync = sync_batch_norm and bool(batch_layouts.couplings) and _only_batch_norm(graph)
+        self.notes: list[str] = []
+
+    def _resolve(self) -> Resolved:
+        resolved = resolve(self.graph, self.cluster, self.constraints)
+        legal = legal_cuts(self.graph)
+        inside = [name for name, start in resolved.starts if not legal[start]]
+        if inside:
+            raise PlanError(
+                "the constraints cannot be met",
+                tuple(
+                    f"split_before {name!r}: an op after it changes in place what an op before it made; split before or "
+                    "after both"
+                    for name in inside
+                ),
+            )
+        return resolved
+
+    def _build(self, cluster: Cluster, *, coarse: bool) -> Built:
+        also = [start for _, start in self.resolved.starts]
+        also += [i for _, ops in (*self.resolved.together, *self.resolved.recompute) for i in (min(ops), max(ops) + 1)]
+        marks = dict(self.resolved.place)
+        also += [i for i in range(1, len(self.graph.ops)) if marks.get(i) != marks.get(i - 1)]
+        if coarse:
+            parts = blocks(self.graph, limit=RECOMPUTE_UNITS, exact=0, also=also, chunks=False)
+        else:
+            parts = blocks(self.graph, also=also)
+        return build(
+            self.graph, self.layouts, cluster, self.table, parts, batch=self.batch, optimizer=self.optimizer,
+            train=self.train, constraints=self.constraints, resolved=self.resolved, sync=self.sync,
+        )  # fmt: skip
+
+    def plan(self) -> Plan:
+        built, outcome, gap = self.search(self.cluster)
+        if isinstance(outcome, Infeasible):
+            raise InfeasibleError(self._why_not(built, outcome))
+        listed = [outcome.best, *outcome.others, *self._mixed(built), *self._interleaved(built)]
+        ranked = self._rank(built, listed)
+        if not ranked:
+            raise InfeasibleError(self._why_not(built, Infeasible("every plan found exceeds a device's memory")))
+        best = ranked[0]
+        status = "optimal" if isinstance(outcome, Optimal) and gap == 0.0 else "feasible"
+        one = self._one_device()
+        plan = replace(
+            self._to_plan(built, best.candidate),
+            status=status,
+            gap=gap,
+            predicted=Predicted(best.seconds, best.bottleneck, best.memory, one),
+            reasons=self._reasons(built, best, ranked[1:], one, gap),
+        )
+        return plan
+
+    # -- search
+
+    def search(self, cluster: Cluster) -> tuple[Built, Outcome, float]:
+        """The problem solved, its outcome and how far it may be from the best possible."""
+        fine = self._build(cluster, coarse=False)
+        anywhere = fine.problem.num_blocks <= IDEALS_BLOCKS
+        unlimited = replace(
+            fine.problem,
+            may_recompute=(),
+            pools=tuple(replace(p, memory_bytes=float("inf")) for p in fine.problem.pools),
+        )
+        free = stages(unlimited, anywhere=anywhere, slack=SLACK if not anywhere else 0.0)
+        if isinstance(free, Infeasible):
+            return fine, free, 0.0
+        if fits(fine.problem, free.best):
+            others = tuple(c for c in free.others if fits(fine.problem, c))
+            gap = 0.0 if isinstance(free, Optimal) else free.gap
+            return fine, replace(free, others=others), gap
+        coarse = self._build(cluster, coarse=True)
+        rough = stages(coarse.problem, slack=TIGHT_SLACK)
+        near = fine.problem
+        in_hand = float("inf")
+        if not isinstance(rough, Infeasible):
+            tops = (rough.best, *rough.others[:1])
+            in_hand = rough.best.seconds
+            near = replace(
+                near,
+                microbatches=tuple(sorted({c.microbatches for c in tops})),
+                schedules=tuple(dict.fromkeys(c.schedule for c in tops)),
+            )
+        tight: Outcome = Infeasible("")
+        if coarse.blocks != fine.blocks:
+            tight = stages(near, anywhere=anywhere, slack=TIGHT_SLACK, best=in_hand)
+        pairs = [(b, o) for b, o in ((fine, tight), (coarse, rough)) if not isinstance(o, Infeasible)]
+        if not pairs:
+            return coarse, Infeasible("no division of the model fits the devices' memory"), 0.0
+        built, outcome = min(pairs, key=lambda pair: pair[1].best.seconds)
+        assert not isinstance(outcome, Infeasible)
+        return built, outcome, max(0.0, outcome.best.seconds / free.best.seconds - 1.0)
+
+    def _mixed(self, built: Built) -> list[Candidate]:
+        """Whole-model replicas on devices of unequal speed; ``_to_plan`` sizes the microbatches by speed."""
+        problem = built.problem
+        count = problem.num_devices
+        ok = problem.replicas and (not problem.joined or problem.sync) and count <= problem.batch
+        ok = ok and len(problem.pools) > 1 and not problem.pools_of and not problem.breaks
+        if not ok or self.constraints.microbatches not in (0, count):
+            return []
+        stage = StageChoice(tuple(range(problem.num_blocks)), -1, count)
+        return [Candidate((stage,), count, "1f1b")]
+
+    def _interleaved(self, built: Built) -> list[Candidate]:
+        """Twice as many stages as devices, dealt round, where devices are equal and it was not forbidden."""
+        problem = built.problem
+        count = problem.num_devices
+        wanted = self.constraints.schedule in ("", "interleaved") and not problem.joined and problem.train
+        fits_count = not problem.max_stages or problem.max_stages >= 2 * count
+        if not wanted or not fits_count or count < 2 or len(problem.pools) > 1 or problem.num_blocks < 2 * count:
+            return []
+        options = [m for m in problem.microbatches if m % count == 0 and m >= count]
+        if not options:
+            return []
+        doubled = replace(
+            problem,
+            pools=(Pool("dealt", tuple(map(str, range(2 * count))), float("inf")),),
+            microbatches=tuple(options[-2:]), schedules=("1f1b",), replicas=False, may_recompute=(),
+        )  # fmt: skip
+        found = stages(doubled, slack=0.02, keep=1)
+        if isinstance(found, Infeasible) or len(found.best.stages) != 2 * count:
+            return []
+        return [replace(found.best, schedule="interleaved")]
+
+    # -- to plans, ranked
+
+    def _to_plan(self, built: Built, candidate: Candidate, *, named: bool = True) -> Plan:
+        problem, graph = built.problem, self.graph
+        stage_of = {
+            graph.ops[i].name: s for s, c in enumerate(candidate.stages) for b in c.blocks for i in built.blocks[b].ops
+        }
+        count = len(candidate.stages)
+        if named:
+            names = stage_names(graph, stage_of, count)
+        else:
+            ops_of: list[list[str]] = [[] for _ in range(count)]
+            for name, s in stage_of.items():
+                ops_of[s].append(name)
+            names = tuple(((), tuple(ops)) for ops in ops_of)
+        taken = [0] * len(problem.pools)
+        made = []
+        sizes: tuple[int, ...] = ()
+        dealt = candidate.schedule == "interleaved" and len(candidate.stages) > problem.num_devices
+        for s, choice in enumerate(candidate.stages):
+            if choice.pool < 0:
+                devices = tuple(d.name for d in self.cluster.devices)
+                sizes = self._by_speed(devices)
+            elif dealt:
+                devices = (problem.pools[0].devices[s % problem.num_devices],)
+            else:
+                start = taken[choice.pool]
+                devices = problem.pools[choice.pool].devices[start : start + choice.replicas]
+                taken[choice.pool] += choice.replicas
+            again = tuple(name for b in choice.recompute for name in built.units[b])
+            asked = tuple(
+                name for name, ops in self.resolved.recompute if any(stage_of[graph.ops[i].name] == s for i in ops)
+            )
+            made.append(Stage(devices, names[s][0], names[s][1], tuple(dict.fromkeys((*asked, *again)))))
+        return Plan(
+            stages=tuple(made),
+            model=graph.name,
+            fingerprint=graph.fingerprint,
+            devices=tuple(d.name for d in self.cluster.devices),
+            batch=Batch(self.batch, candidate.microbatches, sizes),
+            schedule=candidate.schedule,
+            batch_norm=self.batch_norm,
+        )
+
+    def _by_speed(self, devices: Sequence[str]) -> tuple[int, ...]:
+        """Samples for each device so that all end together."""
+        lines = []
+        for name in devices:
+            kind = self.cluster.device(name).kind
+            rows = self.table.forward[kind] + (self.table.backward[kind] + self.table.weight[kind] if self.train else 0.0)
+            lines.append((float(rows[:, 0].sum()), max(float(rows[:, 1].sum()), 1e-12)))
+        sizes = [1] * len(devices)
+        for _ in range(self.batch - len(devices)):
+            k = min(range(len(devices)), key=lambda i: lines[i][0] + lines[i][1] * (sizes[i] + 1))
+            sizes[k] += 1
+        return tuple(sizes)
+
+    def _rank(self, built: Built, listed: Sequence[Candidate]) -> list[Ranked]:
+        limits = {d.name: d.memory_bytes for d in self.cluster.devices}
+        began = time.perf_counter()
+        ranked: list[Ranked] = []
+        for candidate in listed:
+            if ranked and time.perf_counter() - began > RANK_SECONDS:
+                break
+            plan = self._to_plan(built, candidate, named=False)
+            program = lower(self.graph, self.layouts, plan, batch=self.batch or 1, train=self.train)
+            trace = simulate(program, segment_costs(program, self.table, self.cluster), self.cluster,
+                             optimizer=self.optimizer if self.train else "none")  # fmt: skip
+            if any(need > limits[device] for device, need in trace.memory):
+                continue
+            busy = {device: trace.busy_seconds(device) for device, _ in trace.memory}
+            slowest = max(busy, key=busy.__getitem__) if busy else ""
+            seconds = trace.step_seconds or candidate.seconds
+            ranked.append(Ranked(plan, candidate, seconds, trace.memory, slowest))
+        return sorted(ranked, key=lambda r: (r.seconds, len(r.plan.stages), r.plan.batch.microbatches))
+
+    def _one_device(self) -> float:
+        kind = self.cluster.devices[0].kind
+        rows = self.table.forward[kind] + (self.table.backward[kind] + self.table.weight[kind] if self.train else 0.0)
+        return float(rows[:, 0].sum() + rows[:, 1].sum() * self.batch)
+
+    # -- words
+
+    def _reasons(
+        self, built: Built, best: Ranked, others: Sequence[Ranked], one: float, gap: float
+    ) -> tuple[str, ...]:
+        problem = built.problem
+        lines = [
+            f"searched {problem.num_blocks} parts of {len(self.graph.ops)} ops on {problem.num_devices} devices, "
+            f"{', '.join(map(str, problem.microbatches))} microbatches, {', '.join(problem.schedules)}; "
+            f"the fastest few were simulated: {format_seconds(best.seconds)} a step"
+        ]
+        if best.seconds:
+            lines.append(f"{one / best.seconds:.2f}x one device alone ({format_seconds(one)})")
+        mixed = any(c.pool < 0 for c in best.candidate.stages)
+        dealt = best.candidate.schedule == "interleaved" and len(best.candidate.stages) > problem.num_devices
+        if mixed:
+            lines.append(f"devices of unequal speed get {', '.join(map(str, best.plan.batch.sizes))} samples each")
+        elif not dealt:
+            lines += cut_reasons(built, best.candidate)
+            lines += binding_reasons(built, best.candidate, self.optimizer)
+        couplings = getattr(self.layouts, "couplings", ())
+        if problem.joined and couplings:
+            what = "; ".join(f"{c.op}: {c.reason}" for c in couplings[:2])
+            lines.append(f"what follows an op that needs the whole batch runs once a step, unsplit ({what})")
+        elif not self.layouts.microbatchable:
+            lines.append("the batch cannot be cut into microbatches, so one device works at a time")
+        if any(c.recompute for c in best.candidate.stages):
+            parts = sum(len(c.recompute) for c in best.candidate.stages)
+            lines.append(f"{parts} parts are recomputed in backward, because their activations do not fit")
+        if gap > 0:
+            lines.append(f"without memory limits the best found would be {gap:.1%} faster or less")
+        lines += other_reasons(problem, best.seconds, [(r.candidate, r.seconds) for r in others])
+        return tuple(lines)
+
+    def _why_not(self, built: Built, outcome: Infeasible) -> str:
+        limits = ", ".join(f"{d.name} {format_bytes(d.memory_bytes)}" for d in self.cluster.devices[:8])
+        found = remedies(self, built.problem) if built.problem.num_blocks else ()
+        text = f"{self.graph.name or 'the model'}: {outcome.reason} ({limits}; batch {self.batch}, {self.optimizer})"
+        return text + "".join(f"\n  - {line}" for line in found)
+
+    # -- what remedies ask
+
+    def again(
+        self, *, cluster: Cluster | None = None, batch: int = 0, optimizer: str = "", constraints: Constraints | None = None
+    ) -> _Planner:
+        """The same request with something changed."""
+        other = object.__new__(_Planner)
+        other.__dict__.update(self.__dict__)
+        other.cluster = cluster or self.cluster
+        other.batch = batch or self.batch
+        other.optimizer = optimizer or self.optimizer
+        if constraints is not None:
+            other.constraints = constraints
+            other.resolved = other._resolve()
+        return other
+
+    def attempt(self) -> Ranked | None:
+        """The best plan as simulated, or None."""
+        built, outcome, _ = self.search(self.cluster)
+        if isinstance(outcome, Infeasible):
+            return None
+        ranked = self._rank(built, [outcome.best, *outcome.others])
+        return ranked[0] if ranked else None
+
+
+def _only_batch_norm(graph: Graph) -> bool:
+    """Whether nothing but batch statistics needs the whole batch."""
+    return not layouts(graph, batch_norm="per_microbatch").couplings
+

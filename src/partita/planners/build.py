@@ -1,0 +1,312 @@
+"""Build: the numeric Problem of a graph on a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partita.cluster import Cluster, Device
+from partita.cost.blocks import Block
+from partita.cost.memory import optimizer_factor, shares_memory
+from partita.cost.table import CostTable, tensor_bytes
+from partita.graph import Graph
+from partita.planners.constraints import Constraints, Resolved
+from partita.planners.problem import Array, Edge, Pool, Problem, Times, Weights
+
+Bools = NDArray[np.bool_]
+Indices = NDArray[np.int64]
+
+
+class Layouts(Protocol):
+    """What the planner asks of ``sharding.batch.BatchLayouts``."""
+
+    @property
+    def microbatchable(self) -> bool: ...
+
+    @property
+    def phase(self) -> Mapping[str, str]: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Built:
+    """The problem and what its numbers stand for. ``units[b]``: the modules that together are exactly block b."""
+
+    problem: Problem
+    blocks: tuple[Block, ...]
+    units: tuple[tuple[str, ...], ...]
+
+
+def build(
+    graph: Graph,
+    layouts: Layouts,
+    cluster: Cluster,
+    table: CostTable,
+    parts: Sequence[Block],
+    *,
+    batch: int,
+    optimizer: str,
+    train: bool,
+    constraints: Constraints,
+    resolved: Resolved,
+    sync: bool = False,
+) -> Built:
+    """Sums over blocks of what ``table`` says of ops."""
+    owner = np.zeros(len(graph.ops), dtype=np.int64)
+    for b, block in enumerate(parts):
+        owner[block.start : block.stop] = b
+    n = len(parts)
+    phase = [layouts.phase.get(op.name, "split") for op in graph.ops]
+    whole_op = np.array([p == "whole" for p in phase], dtype=np.bool_)
+    once_op = np.array([p == "once" for p in phase], dtype=np.bool_)
+    can_split = layouts.microbatchable and batch > 1
+    pools = _pools(cluster, resolved)
+    kinds = [cluster.device(pool.devices[0]).kind for pool in pools]
+    units = _units(graph, parts)
+    saved, kept, transient = _activations(graph, table, parts, owner, units)
+    split_op, every = ~whole_op & ~once_op, ~once_op
+
+    def rows(source: Mapping[str, Array], which: Bools) -> Array:
+        result = np.zeros((len(pools), n, 2))
+        for p, kind in enumerate(kinds):
+            np.add.at(result[p], owner[which], source[kind][which])
+        return result
+
+    def once(which: Bools) -> Array:
+        result = np.zeros((len(pools), n))
+        for p, kind in enumerate(kinds):
+            seconds = table.forward[kind] + (table.backward[kind] + table.weight[kind] if train else 0.0)
+            np.add.at(result[p], owner[which], seconds[which, 0] + seconds[which, 1] * batch)
+        return result
+
+    zero = np.zeros((len(pools), n))
+    held = np.zeros((n, 2))
+    np.add.at(held, owner[split_op], table.saved[split_op])
+    whole_saved = np.zeros(n)
+    np.add.at(whole_saved, owner[whole_op], table.saved[whole_op, 0] + table.saved[whole_op, 1] * batch)
+    single = Times(
+        rows(table.forward, every), rows(table.backward, every), rows(table.weight, every), zero, saved,
+        np.minimum(kept, saved), transient, np.zeros(n),
+    )  # fmt: skip
+    split = Times(
+        rows(table.forward, split_op), rows(table.backward, split_op), rows(table.weight, split_op), once(whole_op),
+        held, np.minimum(kept, held), transient, whole_saved,
+    )  # fmt: skip
+    names = {name for name, _ in resolved.recompute}
+    forced = sorted({int(owner[i]) for _, ops in resolved.recompute for i in ops})
+    may = tuple(b for b in range(n) if units[b] and _repeatable(graph, parts[b], phase) and not whole_op[parts[b].start])
+    starts = {block.start: b for b, block in enumerate(parts)}
+    link = _worst_link(cluster)
+    bandwidth = min((d.memory_bandwidth for d in cluster.devices), default=1e10)
+    counts, schedules = _choices(batch, len(cluster.devices), can_split, constraints)
+    places: dict[int, set[int]] = {}
+    for i, device in resolved.place:
+        pool = next(p for p, q in enumerate(pools) if device in q.devices)
+        b = int(owner[i])
+        places[b] = places[b] & {pool} if b in places else {pool}
+    problem = Problem(
+        batch=batch,
+        pools=pools,
+        single=single,
+        split=split,
+        edges=_edges(graph, owner, once_op),
+        weights=_weights(graph, owner),
+        microbatches=counts,
+        schedules=schedules,
+        optimizer_factor=float(optimizer_factor(optimizer)) if train else 0.0,
+        train=train,
+        replicas=can_split and constraints.replicas,
+        joined=bool(whole_op.any()) and can_split,
+        sync=sync,
+        latency=link[1],
+        seconds_per_byte=link[0],
+        reduce_seconds_per_byte=3.0 / bandwidth,
+        together=tuple(tuple(sorted({int(owner[i]) for i in ops})) for _, ops in resolved.together),
+        breaks=tuple(starts[i] for _, i in resolved.starts if i in starts),
+        pools_of=tuple((b, tuple(sorted(p))) for b, p in sorted(places.items())),
+        recompute=tuple(forced) if names else (),
+        may_recompute=may if train else (),
+        max_stages=constraints.max_stages,
+    )
+    return Built(problem, tuple(parts), units)
+
+
+def _choices(
+    batch: int, devices: int, can_split: bool, constraints: Constraints
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Numbers of microbatches and schedules to try."""
+    if constraints.microbatches:
+        counts: tuple[int, ...] = (min(constraints.microbatches, max(batch, 1)) if can_split else 1,)
+    elif not can_split:
+        counts = (1,)
+    else:
+        most = min(batch, 64, max(8 * devices, 16))
+        tried = {1, *(2**k for k in range(7)), *(devices * k for k in (1, 2, 4))}
+        counts = tuple(sorted(m for m in tried if m <= most))
+    if constraints.schedule:
+        return counts, (constraints.schedule,)
+    if devices == 1 or counts == (1,):
+        return counts, ("1f1b",)
+    return counts, ("1f1b", "zero_bubble", "gpipe")
+
+
+def _pools(cluster: Cluster, resolved: Resolved) -> tuple[Pool, ...]:
+    placed = {device for _, device in resolved.place}
+    groups: dict[tuple[object, ...], list[Device]] = {}
+    for device in cluster.devices:
+        alike = (device.kind, device.memory_bytes, device.flops, device.name if device.name in placed else "")
+        groups.setdefault(alike, []).append(device)
+    return tuple(
+        Pool(
+            ", ".join(d.name for d in group), tuple(d.name for d in group), float(group[0].memory_bytes),
+            shares_memory(group[0].name),
+        )
+        for group in groups.values()
+    )  # fmt: skip
+
+
+def _worst_link(cluster: Cluster) -> tuple[float, float]:
+    """(seconds per byte, latency) of the slowest link between two of the devices; 0 where there is one device."""
+    slow, late = 0.0, 0.0
+    names = [d.name for d in cluster.devices]
+    by_ends: set[tuple[float, float]] = set()
+    for i, a in enumerate(names[:64]):
+        for b in names[i + 1 : 64]:
+            link = cluster.link(a, b)
+            by_ends.add((1.0 / link.bandwidth if link.bandwidth else 0.0, link.latency_seconds))
+    for per_byte, latency in by_ends:
+        slow, late = max(slow, per_byte), max(late, latency)
+    return slow, late
+
+
+def _activations(
+    graph: Graph, table: CostTable, parts: Sequence[Block], owner: Indices, units: Sequence[Sequence[str]]
+) -> tuple[Array, Array, Array]:
+    """Per block: bytes saved, bytes kept when recomputed (what enters each of its modules), the largest result."""
+    n = len(parts)
+    saved, kept, transient = np.zeros((n, 2)), np.zeros((n, 2)), np.zeros((n, 2))
+    batch = max(graph.batch, 1)
+    np.add.at(saved, owner, table.saved)
+    size_of: dict[str, tuple[float, float]] = {}
+
+    def size(name: str) -> tuple[float, float]:
+        if name not in size_of:
+            found = tensor_bytes(graph, name)
+            size_of[name] = (found.fixed, found.per_sample)
+        return size_of[name]
+
+    for b, block in enumerate(parts):
+        entering: dict[str, None] = {}
+        for span in ranges(graph, block, units[b]):
+            for i in span:
+                for name in graph.ops[i].uses():
+                    tensor = graph.tensor(name)
+                    producer = graph.producer(name)
+                    if tensor.role in ("op", "input") and (producer is None or producer < span.start):
+                        entering[tensor.base or name] = None
+        for i in block.ops:
+            for out in graph.ops[i].outputs:
+                if out:
+                    fixed, per_sample = size(out)
+                    if fixed + per_sample * batch > transient[b, 0] + transient[b, 1] * batch:
+                        transient[b] = (fixed, per_sample)
+        for name in entering:
+            kept[b] += size(name)
+    return saved, kept, transient
+
+
+def _edges(graph: Graph, owner: Indices, once: Bools) -> tuple[Edge, ...]:
+    users: dict[str, set[int]] = {}
+    for i, op in enumerate(graph.ops):
+        for name in op.uses():
+            producer = graph.producer(name)
+            if producer is not None and owner[producer] != owner[i] and not once[producer]:
+                users.setdefault(name, set()).add(int(owner[i]))
+    edges = []
+    for name, consumers in users.items():
+        producer = graph.producer(name)
+        assert producer is not None
+        size = tensor_bytes(graph, name)
+        edges.append(Edge(int(owner[producer]), tuple(sorted(consumers)), size.fixed, size.per_sample))
+    return tuple(edges)
+
+
+def _weights(graph: Graph, owner: Indices) -> tuple[Weights, ...]:
+    users: dict[str, set[int]] = {}
+    for i, op in enumerate(graph.ops):
+        for name in op.uses():
+            base = graph.tensor(name).base or name
+            if graph.tensor(base).role in ("parameter", "buffer", "constant"):
+                users.setdefault(base, set()).add(int(owner[i]))
+    merged: dict[tuple[int, ...], tuple[float, float]] = {}
+    for base, where in users.items():
+        tensor = graph.tensor(base)
+        size = float(tensor.nbytes(max(graph.batch, 1)))
+        trained = size if tensor.role == "parameter" and tensor.needs_grad else 0.0
+        key = tuple(sorted(where))
+        old = merged.get(key, (0.0, 0.0))
+        merged[key] = (old[0] + size, old[1] + trained)
+    return tuple(Weights(key, *value) for key, value in merged.items())
+
+
+def _plain(module: str) -> tuple[str, ...]:
+    return tuple(part.partition("@")[0] for part in module.split(".")) if module else ()
+
+
+def _units(graph: Graph, parts: Sequence[Block]) -> tuple[tuple[str, ...], ...]:
+    """For each block the modules that together are exactly its ops, or none."""
+    count: dict[tuple[str, ...], int] = {}
+    paths = [_plain(op.module) for op in graph.ops]
+    for path in paths:
+        for depth in range(1, len(path) + 1):
+            count[path[:depth]] = count.get(path[:depth], 0) + 1
+    result = []
+    for block in parts:
+        names: list[str] = []
+        i = block.start
+        while i < block.stop:
+            path, stop = paths[i], i
+            for depth in range(1, len(path) + 1):
+                size = count[path[:depth]]
+                if i + size <= block.stop and all(paths[j][:depth] == path[:depth] for j in range(i, i + size)):
+                    names.append(".".join(path[:depth]))
+                    stop = i + size
+                    break
+            if stop == i:
+                names = []
+                break
+            i = stop
+        result.append(tuple(names))
+    return tuple(result)
+
+
+def ranges(graph: Graph, block: Block, names: Sequence[str]) -> tuple[range, ...]:
+    """The ops of each of the block's modules; the whole block where it has no names."""
+    if len(names) < 2:
+        return (block.ops,)
+    found: list[range] = []
+    start = block.start
+    for name in names:
+        depth = len(name.split("."))
+        stop = start
+        while stop < block.stop and ".".join(_plain(graph.ops[stop].module)[:depth]) == name:
+            stop += 1
+        found.append(range(start, stop))
+        start = stop
+    return tuple(found)
+
+
+def _repeatable(graph: Graph, block: Block, phase: Sequence[str]) -> bool:
+    """Whether running the block again changes nothing: it draws nothing and mutates nothing older than itself."""
+    made: set[str] = set()
+    for i in block.ops:
+        op = graph.ops[i]
+        if phase[i] == "once":
+            continue
+        if op.random or any(base not in made for base in op.writes):
+            return False
+        made.update(graph.tensor(o).base or o for o in op.outputs if o)
+    return len(block.ops) > 1

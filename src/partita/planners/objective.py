@@ -1,0 +1,154 @@
+"""Objective: seconds and bytes of one stage and of a whole candidate, from the blocks themselves.
+
+The reference for every planner: ``exhaustive`` minimises it by trying all, ``stages`` by dynamic programming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from partita.cost.memory import in_flight
+from partita.cost.pipeline import StageTime, fill, steady
+from partita.planners.problem import Array, Candidate, Problem, StageChoice
+
+
+def _at(rows: Array, blocks: Sequence[int], samples: int) -> float:
+    return float(sum(rows[b, 0] + rows[b, 1] * samples for b in blocks))
+
+
+def received_bytes(problem: Problem, blocks: Sequence[int], samples: int) -> float:
+    """Bytes a stage of these blocks takes from other stages for one microbatch."""
+    mine = set(blocks)
+    return sum(
+        e.fixed + e.per_sample * samples
+        for e in problem.edges
+        if e.producer not in mine and not mine.isdisjoint(e.consumers)
+    )
+
+
+def weight_bytes(problem: Problem, blocks: Sequence[int]) -> tuple[float, float]:
+    """(all, trained) bytes of the parameters these blocks take; shared ones once."""
+    mine = set(blocks)
+    used = [w for w in problem.weights if not mine.isdisjoint(w.blocks)]
+    return sum(w.nbytes for w in used), sum(w.trained for w in used)
+
+
+def tail_seconds(problem: Problem, trained: float, replicas: int, shared: bool) -> float:
+    """Adding the replicas' gradients: one after the other in a shared memory, else as a ring."""
+    if replicas < 2 or not problem.train:
+        return 0.0
+    if shared:
+        return (replicas - 1) * trained * problem.reduce_seconds_per_byte
+    return 2.0 * (replicas - 1) / replicas * trained * problem.seconds_per_byte + 2 * (replicas - 1) * problem.latency
+
+
+def is_joined(problem: Problem, stages: int, replicas: int, microbatches: int) -> bool:
+    """Whether a part runs once on the joined batch, so that all forwards come before all backwards."""
+    return problem.joined and microbatches > 1 and not (problem.sync and stages == 1 and replicas == microbatches)
+
+
+def stage_time(
+    problem: Problem, choice: StageChoice, microbatches: int, *, synced: bool = False
+) -> StageTime:
+    """Seconds of the stage for one microbatch."""
+    times, n = problem.times(microbatches, synced=synced), problem.samples(microbatches)
+    again = set(choice.recompute) | (set(problem.recompute) & set(choice.blocks)) if problem.train else set()
+    forward = _at(times.forward[choice.pool], choice.blocks, n)
+    received = received_bytes(problem, choice.blocks, n)
+    _, trained = weight_bytes(problem, choice.blocks)
+    return StageTime(
+        forward=forward,
+        backward=_at(times.backward[choice.pool], choice.blocks, n) + _at(times.forward[choice.pool], sorted(again), n),
+        weight=_at(times.weight[choice.pool], choice.blocks, n),
+        microbatches=-(-microbatches // choice.replicas),
+        transfer=(problem.latency + received * problem.seconds_per_byte) if received else 0.0,
+        whole=float(sum(times.whole[choice.pool, b] for b in choice.blocks)),
+        tail=tail_seconds(problem, trained, choice.replicas, problem.pools[choice.pool].shared),
+    )
+
+
+def stage_bytes(
+    problem: Problem,
+    choice: StageChoice,
+    microbatches: int,
+    schedule: str,
+    *,
+    devices_after: int,
+    joined: bool,
+    synced: bool = False,
+    owner: bool = True,
+) -> float:
+    """Peak bytes on one device of the stage. ``owner``: the device that holds shared parameters."""
+    times, n = problem.times(microbatches, synced=synced), problem.samples(microbatches)
+    total, trained = weight_bytes(problem, choice.blocks)
+    received = received_bytes(problem, choice.blocks, n)
+    if not problem.train:
+        return (total if owner else 0.0) + received + _largest(times.transient, choice.blocks, n)
+    static = (total + problem.optimizer_factor * trained if owner else 0.0) + trained
+    again = set(choice.recompute) | (set(problem.recompute) & set(choice.blocks))
+    live = [b for b in choice.blocks if b not in again]
+    held = _at(times.saved, live, n) + _at(times.kept, sorted(again), n) + received
+    flight = in_flight(
+        schedule,
+        microbatches=-(-microbatches // choice.replicas),
+        replicas=choice.replicas,
+        devices_after=devices_after,
+        devices=problem.num_devices,
+        joined=joined,
+    )
+    peak = _largest(times.saved, choice.blocks, n) if again else 0.0
+    whole = float(sum(times.whole_saved[b] for b in choice.blocks))
+    return static + flight * held + whole + peak + received + _largest(times.transient, choice.blocks, n)
+
+
+def _largest(rows: Array, blocks: Sequence[int], samples: int) -> float:
+    return float(max((rows[b, 0] + rows[b, 1] * samples for b in blocks), default=0.0))
+
+
+def candidate_seconds(problem: Problem, candidate: Candidate) -> float:
+    """The closed-form step time, whether or not it fits."""
+    count, m = len(candidate.stages), candidate.microbatches
+    schedule = candidate.schedule
+    times = []
+    for choice in candidate.stages:
+        joined = is_joined(problem, count, choice.replicas, m)
+        times.append(stage_time(problem, choice, m, synced=problem.joined and not joined))
+    return sum(fill(schedule, t, train=problem.train) for t in times) + max(
+        steady(schedule, t, train=problem.train) for t in times
+    )
+
+
+def candidate_bytes(problem: Problem, candidate: Candidate) -> tuple[float, ...]:
+    """Peak bytes on the fullest device of each stage."""
+    count, m = len(candidate.stages), candidate.microbatches
+    after = sum(c.replicas for c in candidate.stages)
+    result = []
+    for choice in candidate.stages:
+        joined = is_joined(problem, count, choice.replicas, m)
+        result.append(
+            stage_bytes(
+                problem, choice, m, candidate.schedule, devices_after=after, joined=joined,
+                synced=problem.joined and not joined,
+            )
+        )  # fmt: skip
+        after -= choice.replicas
+    return tuple(result)
+
+
+def fits(problem: Problem, candidate: Candidate) -> bool:
+    """Whether every stage stays within its devices' memory."""
+    need = candidate_bytes(problem, candidate)
+    return all(
+        bytes_ <= problem.pools[c.pool].memory_bytes for bytes_, c in zip(need, candidate.stages, strict=True)
+    )
+
+
+def allowed_stage(problem: Problem, blocks: Sequence[int], pool: int) -> bool:
+    """Whether the constraints let these blocks be one stage on this pool."""
+    mine = set(blocks)
+    for group in problem.together:
+        if 0 < len(mine.intersection(group)) < len(set(group)):
+            return False
+    if any(min(mine) < b <= max(mine) for b in problem.breaks):
+        return False
+    return all(b not in mine or pool in pools for b, pools in problem.pools_of)

@@ -1,0 +1,159 @@
+"""Problem: what a planner decides about, as numbers only: blocks, devices, transfers, limits. No names of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partita.planners.constraints import Constraints as Constraints
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Devices that are alike for the search: same kind, same memory, same constraints.
+
+    ``shared``: they live in one memory, so replicas hold parameters once.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    memory_bytes: float
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A value made by block ``producer`` and used by later blocks ``consumers``; bytes of a microbatch of n samples:
+    ``fixed + per_sample * n``.
+    """
+
+    producer: int
+    consumers: tuple[int, ...]
+    fixed: float
+    per_sample: float
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Parameters and buffers that exactly these blocks take; ``trained``: the bytes that get gradients."""
+
+    blocks: tuple[int, ...]
+    nbytes: float
+    trained: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Times:
+    """Arrays (pools, blocks, 2) of seconds, fixed and per sample; ``whole`` (pools, blocks): once a step, on the joined
+    batch. ``saved``, ``kept``, ``transient`` (blocks, 2): bytes kept to backward, bytes still kept where the block is
+    recomputed, bytes while it runs; ``whole_saved`` (blocks): of the joined part.
+    """
+
+    forward: Array
+    backward: Array
+    weight: Array
+    whole: Array
+    saved: Array
+    kept: Array
+    transient: Array
+    whole_saved: Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """``single``: with one microbatch; ``split``: with more. ``together``: sets of blocks of one stage.
+
+    ``breaks``: a stage begins at these blocks. ``pools_of``: pools a block may use (absent: any). ``recompute``: blocks
+    that must be; ``may_recompute``: blocks that can be.
+    ``sync``: a single stage with as many replicas as microbatches runs the whole-batch ops in step, so nothing is joined.
+    """
+
+    batch: int
+    pools: tuple[Pool, ...]
+    single: Times
+    split: Times
+    edges: tuple[Edge, ...]
+    weights: tuple[Weights, ...]
+    microbatches: tuple[int, ...] = (1,)
+    schedules: tuple[str, ...] = ("1f1b",)
+    optimizer_factor: float = 0.0
+    train: bool = True
+    replicas: bool = True
+    joined: bool = False
+    sync: bool = False
+    latency: float = 0.0
+    seconds_per_byte: float = 0.0
+    reduce_seconds_per_byte: float = 0.0
+    together: tuple[tuple[int, ...], ...] = ()
+    breaks: tuple[int, ...] = ()
+    pools_of: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    recompute: tuple[int, ...] = ()
+    may_recompute: tuple[int, ...] = ()
+    max_stages: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.single.forward.shape[1])
+
+    @property
+    def num_devices(self) -> int:
+        return sum(len(pool.devices) for pool in self.pools)
+
+    def times(self, microbatches: int, *, synced: bool = False) -> Times:
+        return self.single if microbatches == 1 or synced else self.split
+
+    def samples(self, microbatches: int) -> int:
+        """Of the largest microbatch."""
+        return -(-self.batch // microbatches) if self.batch else 1
+
+
+@dataclass(frozen=True, slots=True)
+class StageChoice:
+    """``blocks`` on ``replicas`` devices of pool ``pool``; ``recompute``: which of them, beyond the forced ones."""
+
+    blocks: tuple[int, ...]
+    pool: int
+    replicas: int = 1
+    recompute: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A complete choice. ``seconds``: by the closed form."""
+
+    stages: tuple[StageChoice, ...]
+    microbatches: int
+    schedule: str
+    seconds: float = field(default=float("inf"), compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Optimal:
+    """No plan of the searched space is faster. ``others``: runners-up, best first."""
+
+    best: Candidate
+    others: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Feasible:
+    """A plan that fits; the best possible is at most ``gap`` (a ratio) faster."""
+
+    best: Candidate
+    gap: float
+    others: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Infeasible:
+    """No plan of the searched space fits."""
+
+    reason: str
+    remedies: tuple[str, ...] = ()
+
+
+Outcome = Optimal | Feasible | Infeasible

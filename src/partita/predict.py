@@ -1,0 +1,25 @@
+"""Predict: one step of a Plan on a Cluster, as the Trace the simulator gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from partita.cluster import Cluster
+from partita.cost.table import cost_table, segment_costs
+from partita.graph import Graph
+from partita.lower import lower
+from partita.plan import Plan
+from partita.sharding.batch import layouts
+from partita.simulate import simulate
+from partita.trace import Trace
+
+
+def predict(graph: Graph, plan: Plan, cluster: Cluster, *, batch: int = 0, optimizer: str = "adamw") -> Trace:
+    """The predicted Trace of a training step of ``batch`` samples (0: what the plan was made for, else the graph's).
+
+    Costs are the closed forms of ``cost``; the plan must have passed ``check``.
+    """
+    samples = batch or plan.batch.size or graph.batch
+    program = lower(graph, layouts(graph), replace(plan, predicted=None), batch=samples, train=graph.mode == "train")
+    costs = segment_costs(program, cost_table(graph, cluster), cluster)
+    return simulate(program, costs, cluster, optimizer=optimizer)

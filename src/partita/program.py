@@ -1,0 +1,122 @@
+"""Program: a Plan with every choice made: segments of ops, and per device the exact order of instructions.
+
+    device cpu:0:  F0.0 > F0.1 > F0.2 . . < B0.0 ...      '>' sends, '<' receives
+    device cpu:1:  < F1.0 B1.0 > ...
+
+A worker walks its list and decides nothing; the simulator walks the same list with a clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A tensor of which every microbatch holds rows: along ``dim``, ``factor`` rows a sample.
+
+    ``outer``: how often the samples come round along ``dim`` (``(S, B, H)`` viewed as ``(S * B, H)``: S times). Such
+    a tensor lives among ops of the split phase only: it is never joined and never cut from a whole.
+    """
+
+    dim: int
+    factor: int = 1
+    outer: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """A tensor that is the sum of what the microbatches hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A tensor that needs the whole batch: made once all microbatches are joined."""
+
+
+@dataclass(frozen=True, slots=True)
+class Once:
+    """A tensor that does not depend on the batch's data and needs no gradient: made once a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A tensor that does not depend on the batch's data: the same in every microbatch (parameters too)."""
+
+
+Layout = Split | Partial | Whole | Once | Fixed
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A tensor a segment takes from outside. ``source``: producing segment's index, or -1 (input, parameter...).
+
+    ``layout``: how the producer holds it; ``take``: how the consumer wants it (``Split``: the rows of its microbatch;
+    ``Whole``/``Once``/``Fixed``: all of it). Rows of a whole are sliced, parts of a split are joined.
+    """
+
+    tensor: str
+    source: int
+    layout: Layout
+    take: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Ops that run as one unit under autograd: of one stage, in one phase.
+
+    ``phase``: 'once' (before everything, no gradient), 'split' (for each microbatch), 'whole' (after the join).
+    ``outputs``: tensors other segments or the caller need. ``recompute``: index ranges [a, b) of ``ops`` whose
+    activations are dropped and made again in backward. ``choices``: (op, tensor, index into ``uses``) where a segment
+    takes one tensor in two ways. ``rescaled``: ops whose result must be told the microbatch's share of the batch.
+    """
+
+    stage: int
+    phase: str
+    ops: tuple[str, ...]
+    uses: tuple[Use, ...]
+    outputs: tuple[str, ...]
+    recompute: tuple[tuple[int, int], ...] = ()
+    choices: tuple[tuple[str, str, int], ...] = ()
+    rescaled: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """``kind``: F, B, W (weight gradients), SEND, RECV, REDUCE. ``microbatch`` -1: the whole batch.
+
+    SEND and RECV carry ``tensor`` (its gradient where ``grad``) between ``segment``'s device and ``peer``.
+    """
+
+    kind: str
+    segment: int
+    microbatch: int = -1
+    tensor: str = ""
+    peer: str = ""
+    grad: bool = False
+    nbytes: int = 0
+
+    def __str__(self) -> str:
+        where = f"{self.segment}" if self.microbatch < 0 else f"{self.segment}.{self.microbatch}"
+        if self.kind in ("SEND", "RECV"):
+            arrow = ">" if self.kind == "SEND" else "<"
+            return f"{arrow}{'d' if self.grad else ''}{self.tensor}@{where}:{self.peer}"
+        return f"{self.kind}{where}"
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """``instructions``: device name -> its list. ``sizes``: samples of each microbatch.
+
+    ``placement``: device of (segment, microbatch): ``placement[segment][microbatch]``, one entry where the segment
+    runs once. ``train``: with backward, else forward only.
+    """
+
+    devices: tuple[str, ...]
+    sizes: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    placement: tuple[tuple[str, ...], ...]
+    instructions: tuple[tuple[str, tuple[Instruction, ...]], ...]
+    layouts: tuple[tuple[str, Layout], ...]
+    output_device: str
+    train: bool = True

@@ -1,0 +1,207 @@
+"""A segment as one Python function over torch ops, generated once and run for every microbatch.
+
+    def segment(b, B, dev, t0, t1, t2):        # b: samples of the microbatch, B: of the batch, dev: the worker's device
+        v0 = f0(t0, t1, t2)                     # blocks.0.attn.qkv: aten.linear.default
+        ...
+        return (v7, v9)
+
+Tensors are deleted at their last use. Line numbers lead back to ops, so that an error names the user's line.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from partita.graph import Arg, Graph, Op, Ref, Size, Symbol
+from partita.program import Segment
+from partita.runtime.kernels import rewritten
+from partita.sharding.batch import BatchLayouts
+
+Resolve = Callable[[Op], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class SegmentCode:
+    """``run(b, B, dev, *uses) -> tuple`` of the segment's outputs; ``op_at`` finds the op of an error."""
+
+    run: Callable[..., tuple[Any, ...]]
+    source: str
+    filename: str
+    lines: tuple[tuple[int, Op], ...]
+    mutated: frozenset[int]
+
+    def op_at(self, error: BaseException) -> Op | None:
+        """The op whose line raised, if the error passed through this segment's code."""
+        number = None
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename == self.filename:
+                number = frame.lineno
+        if number is None:
+            return None
+        return next((op for line, op in reversed(self.lines) if line <= number), None)
+
+
+class _Writer:
+    def __init__(
+        self, graph: Graph, segment: Segment, layouts: BatchLayouts, resolve: Resolve, symbols: Callable[[Symbol], Any]
+    ) -> None:
+        self.graph, self.segment, self.layouts = graph, segment, layouts
+        self.resolve, self.symbols = resolve, symbols
+        self.ops = {op.name: op for op in graph.ops}
+        self.names: dict[str, Any] = {"no_grad": torch.no_grad, "checkpoint": checkpoint}
+        self.lines: list[str] = []
+        self.op_lines: list[tuple[int, Op]] = []
+        self.variables: dict[str, str] = {}
+        self.use_variable = {i: f"u{i}" for i in range(len(segment.uses))}
+        for i, use in enumerate(segment.uses):
+            self.variables.setdefault(use.tensor, f"u{i}")
+        self.choice = {(op, tensor): f"u{i}" for op, tensor, i in segment.choices}
+
+    def constant(self, prefix: str, value: Any) -> str:
+        name = f"{prefix}{len(self.names)}"
+        self.names[name] = value
+        return name
+
+    def arg(self, op: Op, arg: Arg, sizes: str) -> str:
+        if isinstance(arg, Ref):
+            return self.choice.get((op.name, arg.name)) or self.variables[arg.name]
+        if isinstance(arg, Size):
+            return f"({arg.fixed} + {arg.per_sample} * {sizes})"
+        if isinstance(arg, Symbol):
+            return "dev" if arg.text.startswith("device:") else self.constant("s", self.symbols(arg))
+        if isinstance(arg, tuple):
+            return "[" + ", ".join(self.arg(op, a, sizes) for a in arg) + "]"
+        if isinstance(arg, float) and (arg != arg or arg in (float("inf"), float("-inf"))):
+            return self.constant("s", arg)
+        return repr(arg)
+
+    def call(self, op: Op, indent: str) -> None:
+        rewrite = self.layouts.rewrites[op.name] if op.name in self.segment.rescaled else None
+        original = op
+        if rewrite is not None and rewrite.kind == "call":
+            op = replace(op, target=rewrite.target_op, args=rewrite.args, kwargs=())
+        plain = self.resolve(op)
+        function = self.constant("f", plain if rewrite is None else rewritten(plain, rewrite))
+        true_sizes = "b" if self.layouts.sizes_follow_microbatch(op) else "B"
+        parts = [self.arg(op, a, true_sizes) for a in op.args]
+        parts += [f"{key}={self.arg(op, value, true_sizes)}" for key, value in op.kwargs]
+        if op.reads:
+            parts.append("reads=[" + ", ".join(self.arg(op, Ref(r), "b") for r in op.reads) + "]")
+        if rewrite is not None and rewrite.kind == "weighted":
+            parts = ["b / B", *parts]
+        if rewrite is not None and rewrite.kind == "sum_over_total":
+            wholes = [self.choice[op.name, f"whole {t}"] for t in (rewrite.target, rewrite.weight) if t]
+            parts = [f"[{', '.join(wholes)}]", *parts]
+        results = []
+        for out in op.outputs:
+            variable = f"v{len(self.variables)}" if out else "_"
+            if out:
+                self.variables[out] = variable
+            results.append(variable)
+        left = ", ".join(results) + ("," if len(results) == 1 and _returns_sequence(plain) else "")
+        text = f"{function}({', '.join(parts)})"
+        if not results or all(r == "_" for r in results):
+            left = "_"
+        self.op_lines.append((len(self.lines) + 1, original))
+        self.lines.append(f"{indent}{left} = {text}")
+
+    def drop(self, position: int, last: Mapping[int, list[str]], indent: str) -> None:
+        names = [self.variables[t] for t in last.get(position, ()) if t in self.variables]
+        if names:
+            self.lines.append(f"{indent}del {', '.join(dict.fromkeys(names))}")
+
+    def write(self) -> tuple[str, dict[str, Any]]:
+        ops = [self.ops[name] for name in self.segment.ops]
+        parameters = "".join(f", u{i}" for i in range(len(self.segment.uses)))
+        self.lines.append(f"def segment(b, B, dev{parameters}):")
+        last_use: dict[str, int] = {}
+        for i, op in enumerate(ops):
+            for tensor in (*op.uses(), *(o for o in op.outputs if o)):
+                last_use[tensor] = i
+        for start, end in self.segment.recompute:  # a range's inputs live to its end
+            for tensor, i in last_use.items():
+                if start <= i < end:
+                    last_use[tensor] = end - 1
+        drops: dict[int, list[str]] = {}
+        kept = set(self.segment.outputs) | {t for _, t, _ in self.segment.choices}
+        for tensor, i in last_use.items():
+            if tensor not in kept:
+                drops.setdefault(i, []).append(tensor)
+        starts = {start: end for start, end in self.segment.recompute}
+        i = 0
+        while i < len(ops):
+            if i in starts:
+                self.range(ops, i, starts[i], last_use)
+                i = starts[i]
+                self.drop(i - 1, drops, "    ")
+                continue
+            if ops[i].grad:
+                self.call(ops[i], "    ")
+                self.drop(i, drops, "    ")
+                i += 1
+                continue
+            self.lines.append("    with no_grad():")
+            while i < len(ops) and not ops[i].grad and i not in starts:
+                self.call(ops[i], "        ")
+                self.drop(i, drops, "        ")
+                i += 1
+        results = "".join(f"{self.variables[t]}, " for t in self.segment.outputs)
+        self.lines.append(f"    return ({results})")
+        return "\n".join(self.lines), self.names
+
+    def range(self, ops: list[Op], start: int, end: int, last_use: Mapping[str, int]) -> None:
+        """Ops [start, end) as an inner function under activation checkpointing."""
+        inside = {o for op in ops[start:end] for o in op.outputs if o}
+        needed = dict.fromkeys(self.arg(op, Ref(t), "b") for op in ops[start:end] for t in op.uses() if t not in inside)
+        after = {t for op in ops[end:] for t in op.uses()} | set(self.segment.outputs)
+        leaving = [o for op in ops[start:end] for o in op.outputs if o and o in after]
+        taken = ", ".join(["b", "B", "dev", *needed])
+        self.lines.append(f"    def again{start}({taken}):")
+        for op in ops[start:end]:
+            if op.grad:
+                self.call(op, "        ")
+            else:
+                self.lines.append("        with no_grad():")
+                self.call(op, "            ")
+        results = "".join(f"{self.variables[t]}, " for t in leaving)
+        self.lines.append(f"        return ({results})")
+        self.lines.append(
+            f"    {results or '_'} = checkpoint(again{start}, {taken}, use_reentrant=False, preserve_rng_state=False)"
+        )
+        self.lines.append(f"    del again{start}")
+
+
+def _returns_sequence(function: Callable[..., Any]) -> bool:
+    """Whether a call gives a list or tuple even where it holds one tensor (``split``, ``unbind``, user code)."""
+    schema = getattr(function, "_schema", None)
+    if schema is None:
+        return bool(getattr(function, "returns_sequence", True))
+    returns = schema.returns
+    return len(returns) > 1 or (len(returns) == 1 and "List" in str(returns[0].type))
+
+
+def generate(
+    graph: Graph,
+    segment: Segment,
+    layouts: BatchLayouts,
+    *,
+    index: int,
+    resolve: Resolve,
+    symbols: Callable[[Symbol], Any],
+) -> SegmentCode:
+    """The segment's function. ``resolve``: op -> callable; ``symbols``: Symbol -> torch constant."""
+    writer = _Writer(graph, segment, layouts, resolve, symbols)
+    source, names = writer.write()
+    filename = f"<partita segment {index}: {segment.phase} of stage {segment.stage}>"
+    exec(compile(source, filename, "exec"), names)
+    written = {base for name in segment.ops for base in writer.ops[name].writes}
+    mutated = frozenset(
+        i for i, use in enumerate(segment.uses) if (graph.tensor(use.tensor).base or use.tensor) in written
+    )
+    return SegmentCode(names["segment"], source, filename, tuple(writer.op_lines), mutated)

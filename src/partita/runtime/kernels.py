@@ -1,0 +1,71 @@
+"""From an op to what runs: torch's own operators, user code, and partita's few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from partita.capture import Captured, resolve
+from partita.graph import Op
+from partita.program import Segment
+from partita.runtime.weight_grad import APART
+from partita.sharding.batch import BatchLayouts
+from partita.sharding.call import Rewrite
+
+
+def dropout_noise(shape: list[int], dtype: torch.dtype, p: float, order: list[int]) -> torch.Tensor:
+    """What eager dropout multiplies by: ``empty_like(x).bernoulli_(1 - p).div_(1 - p)``, memory order included."""
+    physical = torch.empty([shape[d] for d in order], dtype=dtype)
+    inverse = [0] * len(order)
+    for position, dim in enumerate(order):
+        inverse[dim] = position
+    noise = physical.permute(inverse)
+    return noise.bernoulli_(1 - p).div_(1 - p)
+
+
+dropout_noise.returns_sequence = False  # type: ignore[attr-defined]
+
+
+def rewritten(function: Callable[..., Any], rewrite: Rewrite) -> Callable[..., Any]:
+    """The op as it must run on a microbatch (see ``Rewrite``)."""
+    if rewrite.kind == "weighted":
+        return lambda share, *args, **kwargs: function(*args, **kwargs) * share
+    if rewrite.kind == "sum_over_total":
+
+        def summed(wholes: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+            counted = wholes[0] != rewrite.ignore_index
+            if len(wholes) > 1:
+                total = wholes[1][wholes[0][counted]].sum()
+            else:
+                total = counted.sum()
+            values = list(args)
+            if rewrite.reduction_arg < len(values):
+                values[rewrite.reduction_arg] = 2
+            else:
+                kwargs = {**kwargs, "reduction": 2}
+            return function(*values, **kwargs) / total
+
+        return summed
+    return function
+
+
+OWN: dict[str, Callable[..., Any]] = {"partita.dropout_noise": dropout_noise}
+
+
+def resolver(
+    captured: Captured, layouts: BatchLayouts, segment: Segment, *, single: bool
+) -> Callable[[Op], Callable[..., Any]]:
+    """op -> callable, for one segment."""
+
+    def find(op: Op) -> Callable[..., Any]:
+        if op.target in OWN:
+            return OWN[op.target]
+        if op.target in captured.opaques:
+            return captured.opaques[op.target]
+        if not single and segment.phase == "split" and op.target in APART:
+            return APART[op.target]
+        return resolve(op.target)
+
+    return find

@@ -1,0 +1,196 @@
+"""Local: runs Programs over the devices of this process, one worker thread each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from partita.capture import Captured, decode_symbol
+from partita.cluster import Cluster
+from partita.lower import lower
+from partita.plan import Plan
+from partita.program import Partial, Program, Split
+from partita.runtime.codegen import SegmentCode, generate
+from partita.runtime.kernels import resolver
+from partita.runtime.team import Team
+from partita.runtime.transport import Exchange
+from partita.runtime.worker import DeviceState, StepState, Worker
+from partita.sharding.batch import BatchLayouts
+from partita.trace import Trace
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The Programs of one captured graph under one plan and batch size, and the code of their segments."""
+
+    step: Program
+    forward: Program
+    backward: Program | None
+    codes: tuple[SegmentCode, ...]
+
+
+class Local:
+    """One captured model under one plan on the devices of this process."""
+
+    def __init__(self, captured: Captured, layouts: BatchLayouts, plan: Plan, cluster: Cluster, team: Team) -> None:
+        self.captured, self.layouts, self.plan, self.team = captured, layouts, plan, team
+        self.torch_devices = {d.name: torch_device(d.name) for d in cluster.devices}
+        self._lowered: dict[tuple[int, bool], Lowered] = {}
+
+    def lowered(self, batch: int, grad: bool) -> Lowered:
+        """Programs and code for a batch size, made once."""
+        found = self._lowered.get((batch, grad))
+        if found is None:
+            graph = self.captured.graph
+            programs = {
+                part: lower(graph, self.layouts, self.plan, batch=batch, train=grad, part=part)
+                for part in (("step", "forward", "backward") if grad else ("forward",))
+            }
+            first = programs["forward"]
+            codes = tuple(
+                generate(
+                    graph, segment, self.layouts, index=i, symbols=decode_symbol,
+                    resolve=resolver(self.captured, self.layouts, segment, single=len(first.sizes) == 1),
+                )
+                for i, segment in enumerate(first.segments)
+            )  # fmt: skip
+            found = Lowered(programs.get("step", first), first, programs.get("backward"), codes)
+            self._lowered[batch, grad] = found
+        return found
+
+    def begin(
+        self,
+        program: Program,
+        codes: tuple[SegmentCode, ...],
+        given: Mapping[str, torch.Tensor],
+        parameters: Mapping[str, torch.Tensor],
+        *,
+        grad: bool,
+        record: bool = False,
+    ) -> StepState:
+        """A fresh step: the batch-independent part is computed here, on the caller's thread."""
+        state = StepState(
+            graph=self.captured.graph,
+            program=program,
+            codes=codes,
+            given={**self.captured.constants, **given},
+            parameters=dict(parameters),
+            devices={d: DeviceState(self.torch_devices[d]) for d in program.devices},
+            grad=grad,
+            autocast=_autocast(),
+            record=record,
+        )
+        segment, code = program.segments[0], codes[0]
+        if segment.ops:
+            with torch.no_grad():
+                uses = [state.given.get(u.tensor, state.parameters.get(u.tensor)) for u in segment.uses]
+                outputs = code.run(state.batch, state.batch, torch.device("cpu"), *uses)
+            state.once.update(zip(segment.outputs, outputs, strict=True))
+            state.results.update({(n, -1): t for n, t in state.once.items() if n in state.graph.outputs})
+        return state
+
+    def run(self, state: StepState, program: Program) -> None:
+        """Every device walks its list of ``program``; returns when all have."""
+        exchange = Exchange(program.devices)
+        self.team.run(
+            {
+                device: _walk(Worker(device, state, exchange), instructions)
+                for device, instructions in program.instructions
+                if instructions
+            },
+            exchange.stop,
+        )
+
+    def gather(self, state: StepState, name: str, device: torch.device) -> torch.Tensor:
+        """One output of the model, of all microbatches."""
+        parts = [state.results[key] for key in sorted(k for k in state.results if k[0] == name)]
+        if len(parts) == 1:
+            return parts[0].to(device)
+        layout = dict(state.program.layouts).get(name)
+        parts = [p.to(device) for p in parts]
+        if isinstance(layout, Split):
+            return torch.cat(parts, layout.dim)
+        if isinstance(layout, Partial):
+            return torch.stack(parts).sum(0)
+        return parts[0]
+
+    def seed(self, state: StepState, name: str, grad: torch.Tensor) -> None:
+        """Give the gradient of an output to the runs that made it."""
+        program = state.program
+        index = next((i for i, s in enumerate(program.segments) if name in s.outputs), None)
+        if index is None:
+            return
+        places = program.placement[index]
+        whole = program.segments[index].phase == "whole"
+        layout = dict(program.layouts).get(name)
+        for m, place in enumerate(places):
+            part = grad
+            if not whole and len(program.sizes) > 1:
+                if isinstance(layout, Split):
+                    part = grad.narrow(*state.rows(layout, m))
+                elif not isinstance(layout, Partial) and m:
+                    break
+            device = state.devices[place]
+            key = (name, -1 if whole else m)
+            part = part.to(device.device)
+            held = device.grads.get(key)
+            device.grads[key] = part if held is None else held + part
+
+    def parameter_grads(self, state: StepState) -> dict[str, torch.Tensor]:
+        """Each parameter's gradient: the sum over the devices that used it. Large shared ones are summed in parallel."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for device in state.devices.values():
+            for name, alias in device.aliases.items():
+                if alias.grad is not None:
+                    found.setdefault(name, []).append(alias.grad)
+                    alias.grad = None
+        shared = {n: g for n, g in found.items() if len(g) > 1}
+        if len(shared) > 1 and all(g.device.type == "cpu" for gs in shared.values() for g in gs):
+            self._sum_in_parallel(state, shared)
+        total: dict[str, torch.Tensor] = {}
+        for name, grads in found.items():
+            home = state.parameters[name].device
+            result = grads[0].to(home)
+            for grad in grads[1:]:
+                result = result.add_(grad.to(home))
+            total[name] = result
+        return total
+
+    def _sum_in_parallel(self, state: StepState, shared: dict[str, list[torch.Tensor]]) -> None:
+        loads = {device: 0 for device in state.devices}
+        share: dict[str, list[list[torch.Tensor]]] = {device: [] for device in state.devices}
+        for grads in sorted(shared.values(), key=lambda g: -g[0].numel()):
+            device = min(loads, key=lambda d: loads[d])
+            loads[device] += grads[0].numel()
+            share[device].append(grads)
+        self.team.run({device: _adder(work) for device, work in share.items() if work}, lambda: None)
+
+    def trace(self, state: StepState) -> Trace:
+        return Trace(tuple(e for d in state.devices.values() for e in d.events))
+
+
+def torch_device(name: str) -> torch.device:
+    """``cpu:0`` is a group of cores, all of them torch's one cpu."""
+    kind = name.split(":")[0]
+    return torch.device("cpu") if kind == "cpu" else torch.device(name)
+
+
+def _walk(worker: Worker, instructions: tuple[object, ...]):  # type: ignore[no-untyped-def]
+    return lambda: worker.walk(instructions)  # type: ignore[arg-type]
+
+
+def _adder(work: list[list[torch.Tensor]]):  # type: ignore[no-untyped-def]
+    def add() -> None:
+        with torch.no_grad():
+            for grads in work:
+                while len(grads) > 1:
+                    grads[0].add_(grads.pop())
+
+    return add
+
+
+def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k))

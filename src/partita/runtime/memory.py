@@ -1,0 +1,209 @@
+"""Memory: bytes of tensors alive on one device, counted as they come and go.
+
+One ``MemoryMeter`` a worker thread: a dispatch mode that sees every op of its thread (forward and backward) and adds
+the storages the ops make; a storage counts once however many tensors view it, and stops counting when its last tensor
+is gone, on whatever thread that happens. Exact for tensors; scratch space inside one kernel is not seen.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from partita.cost.memory import shares_memory
+from partita.torch_compat import TorchDispatchMode, pytree
+
+if TYPE_CHECKING:
+    from partita.runtime.module import ParallelModule
+
+
+class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts storages made while it is active on this thread. ``live_bytes`` now, ``peak_bytes`` at the most.
+
+    ``hold`` adds storages made elsewhere. ``adopt``: whatever an op reads is held from then on too (parameters, what
+    other devices sent), except what ``ignore`` named. A meter may be entered many times; what was alive stays counted.
+    """
+
+    def __init__(self, *, adopt: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.adopt = adopt
+        self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._gone: deque[tuple[int, weakref.ref[Any]]] = deque()  # appended to by whoever drops the last tensor
+        self._ignored: dict[int, Any] = {}
+        self._lock = threading.RLock()
+        self._live = 0
+        self._peak = 0
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes alive now."""
+        with self._lock:
+            self._settle()
+            return self._live
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes alive at one time since the beginning or ``reset_peak``."""
+        return self._peak
+
+    def reset_peak(self) -> None:
+        """Start a new peak from what is alive now."""
+        with self._lock:
+            self._settle()
+            self._peak = self._live
+
+    def hold(self, values: Any) -> None:
+        """Count the tensors in ``values`` (any structure) until they are gone, as if made here."""
+        for tensor in _tensors(values):
+            self._add(tensor)
+
+    def ignore(self, values: Any) -> None:
+        """Never count the tensors in ``values``: another device's. They are kept alive as long as the meter."""
+        for tensor in _tensors(values):
+            storage = tensor.untyped_storage()
+            self._ignored[id(storage)] = storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = _tensors((args, kwargs))
+        given = {id(t.untyped_storage()) for t in inputs}
+        if self.adopt:
+            for tensor in inputs:
+                self._add(tensor)
+        result = func(*args, **kwargs)
+        with self._lock:
+            self._settle()  # the identity of a storage that is gone may be taken by another
+        for tensor in _tensors(result):
+            key = id(tensor.untyped_storage())
+            if key in self._known or key not in given:  # a view or an in-place result makes nothing
+                self._add(tensor)
+        return result
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type == "meta":
+            return
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._ignored:
+            return
+        with self._lock:
+            self._settle()
+            known = self._known.get(key)
+            if known is not None:
+                self._live += size - known[1]  # resized in place
+                self._known[key] = (known[0], size)
+            else:
+                gone = self._gone
+                self._known[key] = (weakref.ref(storage, lambda ref: gone.append((key, ref))), size)
+                self._live += size
+            self._peak = max(self._peak, self._live)
+
+    def _settle(self) -> None:
+        """Take off what has gone. A finalizer may run at any allocation, so it only leaves a note; no lock there."""
+        while self._gone:
+            key, ref = self._gone.popleft()
+            known = self._known.get(key)
+            if known is not None and known[0] is ref:
+                del self._known[key]
+                self._live -= known[1]
+
+
+def storage_bytes(values: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages behind these tensors."""
+    return sum({id(s): s.nbytes() for s in (t.untyped_storage() for t in values)}.values())
+
+
+def measure_memory(
+    parallel: ParallelModule,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> dict[str, int]:
+    """Peak bytes on each device in one ``train_step``; afterwards the gradients are as they were.
+
+    Counts as the prediction does: parameters (a shared one with its first device), gradients, the state ``optimizer``
+    has now, activations, and received tensors on the device that received them. ``"caller"``: made outside the devices.
+    """
+    module = parallel.module
+    kept = {p: p.grad for p in module.parameters()}
+    for parameter in kept:
+        parameter.grad = None
+    try:
+        owners = _owners(parallel, args, dict(kwargs or {}))
+        meters = {device: MemoryMeter(adopt=True) for device in owners}
+        for device, (mine, others) in owners.items():
+            if shares_memory(device):
+                meters[device].ignore(others)
+                meters[device].hold(mine)
+            if optimizer is not None:
+                meters[device].hold([optimizer.state[p] for p in mine if p in optimizer.state])
+        outside = MemoryMeter()
+        with _metered(parallel, meters), outside:
+            parallel.train_step(*args, **dict(kwargs or {}))
+        return {**{device: meter.peak_bytes for device, meter in meters.items()}, "caller": outside.peak_bytes}
+    finally:
+        for parameter, grad in kept.items():
+            parameter.grad = grad
+
+
+def _owners(
+    parallel: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Device -> (parameters it keeps, parameters it uses but another keeps)."""
+    from partita.runtime.module import _WithLoss
+
+    with torch.enable_grad():
+        bound = parallel._bind("step", _WithLoss(parallel.module, parallel.loss_fn), args, kwargs)
+    if bound.engine is None:  # runs as its Python goes: every part is counted where its calls run
+        return {d.name: ([], []) for d in parallel._team.devices}
+    program, parameters = bound.engine.lowered(bound.captured.graph.batch, True).step, bound.parameters
+    found: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {d: ([], []) for d in program.devices}
+    users: dict[str, set[str]] = {}
+    for segment, places in zip(program.segments, program.placement, strict=True):
+        for use in segment.uses:
+            if use.tensor in parameters:
+                users.setdefault(use.tensor, set()).update(places)
+    for name, devices in users.items():
+        keeper, *others = sorted(devices & set(found), key=program.devices.index)
+        found[keeper][0].append(parameters[name])
+        for device in others:
+            found[device][1].append(parameters[name])
+    return found
+
+
+@contextmanager
+def _metered(parallel: ParallelModule, meters: Mapping[str, MemoryMeter]) -> Iterator[None]:
+    """While open, each device's jobs run under its meter."""
+    team = parallel._team
+    ordinary = team.run
+
+    def run(jobs: Mapping[str, Callable[[], None]], stop: Callable[[], None]) -> None:
+        ordinary({device: _under(meters.get(device), job) for device, job in jobs.items()}, stop)
+
+    team.run = run  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del team.run
+
+
+def _under(meter: MemoryMeter | None, job: Callable[[], None]) -> Callable[[], None]:
+    def metered() -> None:
+        if meter is None:
+            job()
+        else:
+            with meter:
+                job()
+
+    return metered
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]

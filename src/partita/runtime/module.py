@@ -1,0 +1,290 @@
+"""ParallelModule: the user's model, divided; a drop-in ``nn.Module`` with the same names and the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.capture import Captured, capture
+from partita.cluster import Cluster
+from partita.errors import UsageError
+from partita.graph import Graph
+from partita.plan import Plan
+from partita.runtime.live import dispatched, placed_modules
+from partita.runtime.local import Local, Lowered, torch_device
+from partita.runtime.team import Team
+from partita.runtime.worker import StepState
+from partita.sharding.batch import layouts
+from partita.torch_compat import pytree
+from partita.trace import Trace
+
+
+class _Pipeline(torch.autograd.Function):
+    """The divided forward as one node of the caller's autograd graph; its backward is the divided backward."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = call.forward()
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(
+            *(o for o, name in zip(outputs, call.made, strict=True) if not call.graph.tensor(name).needs_grad)
+        )
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return (None, *ctx.call.backward(grads))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One call's captured graph with its tensors by name. ``engine`` None: the model runs live."""
+
+    engine: Local | None
+    captured: Captured
+    given: dict[str, torch.Tensor]
+    parameters: dict[str, torch.Tensor]
+
+
+class _Call:
+    """One call of a ParallelModule: what goes in, the step in flight, what comes out."""
+
+    def __init__(self, bound: Bound, lowered: Lowered, *, grad: bool, record: bool, device: torch.device) -> None:
+        assert bound.engine is not None
+        self.engine, self.lowered, self.given, self.parameters = bound.engine, lowered, bound.given, bound.parameters
+        self.grad, self.record, self.device = grad, record, device
+        self.graph = bound.captured.graph
+        made = {o for op in self.graph.ops for o in op.outputs}
+        self.made = tuple(dict.fromkeys(name for name in self.graph.outputs if name in made))
+        inputs = {n: t for n, t in self.given.items() if t.requires_grad}
+        self.differentiable = [*inputs, *(n for n, t in self.parameters.items() if t.requires_grad)] if grad else []
+        self.state: StepState | None = None
+        self.trace: Trace | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.given.get(n, self.parameters.get(n)) for n in self.differentiable]  # type: ignore[misc]
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        program = self.lowered.forward
+        state = self.engine.begin(
+            program, self.lowered.codes, self.given, self.parameters, grad=self.grad, record=self.record
+        )
+        self.engine.run(state, program)
+        outputs = tuple(self.engine.gather(state, name, self.device) for name in self.made)
+        if self.grad:
+            self.state = state
+        self.trace = self.engine.trace(state)
+        return outputs
+
+    def backward(self, grads: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+        state, self.state = self.state, None
+        if state is None or self.lowered.backward is None:
+            raise UsageError(
+                "backward was called a second time on one call of a ParallelModule; its activations are gone. "
+                "Call the module again, or add the losses before one backward()"
+            )
+        for name, grad in zip(self.made, grads, strict=True):
+            if grad is not None:
+                self.engine.seed(state, name, grad)
+        self.engine.run(state, self.lowered.backward)
+        found = self.engine.parameter_grads(state)
+        self.trace = self.engine.trace(state)
+        return tuple(found.get(n, state.input_grads.get(n)) for n in self.differentiable)
+
+
+class ParallelModule(nn.Module):
+    """``pm(x)`` runs the user's model over its devices; ``pm.train_step(x, target)`` a whole step.
+
+    Parameters are the user's own. ``plan``: what it runs; ``cluster``: where; ``trace``: the last recorded step.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        plan: Plan,
+        cluster: Cluster,
+        *,
+        loss_fn: Callable[..., torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.plan = plan
+        self.cluster = cluster
+        self.loss_fn = loss_fn
+        self.trace: Trace | None = None
+        self.record = False
+        self.output_device = torch_device(plan.stages[-1].devices[0])
+        names = dict.fromkeys(d for s in plan.stages for d in s.devices)
+        self._team = Team(tuple(cluster.device(n) for n in names))
+        self._engines: dict[object, list[tuple[Local | None, Captured]]] = {}
+        self._lock = threading.RLock()
+
+    # -- calling ---------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self._bind("call", self.module, args, kwargs)
+        if bound.engine is None:
+            with self._lock, dispatched(self.module, placed_modules(self.module, self.plan), self._team):
+                return self.module(*args, **kwargs)
+        graph = bound.captured.graph
+        wants = [*bound.parameters.values(), *bound.given.values()]
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in wants)
+        lowered = bound.engine.lowered(graph.batch, grad)
+        call = _Call(bound, lowered, grad=grad, record=self.record, device=self.output_device)
+        with self._lock:
+            outputs = _Pipeline.apply(call, *call.tensors()) if grad else call.forward()
+        values = dict(zip(call.made, outputs, strict=True))
+        for name in graph.outputs:
+            if name not in values:
+                values[name] = bound.given[name] if name in bound.given else bound.parameters[name]
+        if self.record:
+            self.trace = call.trace
+        return bound.captured.unflatten([values[name] for name in graph.outputs])
+
+    def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward, loss and backward of one batch, microbatch by microbatch as the schedule says.
+
+        The last positional argument is the target handed to ``loss_fn``; without a ``loss_fn`` the model's own
+        ``loss`` (or first output) is the loss. Gradients are added to ``.grad``. Returns the loss, detached.
+        """
+        step = _WithLoss(self.module, self.loss_fn)
+        with torch.enable_grad():
+            bound = self._bind("step", step, args, kwargs)
+            if bound.engine is None:
+                with self._lock, dispatched(self.module, placed_modules(self.module, self.plan), self._team):
+                    loss: torch.Tensor = step(*args, **kwargs)
+                loss.backward()  # type: ignore[no-untyped-call]
+                return loss.detach()
+            engine, graph = bound.engine, bound.captured.graph
+            self._check_loss(graph)
+            lowered = engine.lowered(graph.batch, True)
+            with self._lock:
+                state = engine.begin(
+                    lowered.step, lowered.codes, bound.given, bound.parameters, grad=True, record=self.record
+                )
+                name = graph.outputs[0]
+                engine.seed(state, name, torch.ones((), dtype=getattr(torch, graph.tensor(name).dtype)))
+                engine.run(state, lowered.step)
+                loss = engine.gather(state, name, self.output_device)
+                grads = engine.parameter_grads(state)
+                torch.autograd.backward([bound.parameters[n] for n in grads], list(grads.values()))
+                if self.record:
+                    self.trace = engine.trace(state)
+        return loss
+
+    def _check_loss(self, graph: Graph) -> None:
+        """Refuse a step whose end is not one number that depends on the parameters."""
+        name = graph.outputs[0] if graph.outputs else ""
+        shape = graph.tensor(name).shape_at(graph.batch) if name else ()
+        if not name or shape:
+            found = f"a tensor of shape {tuple(shape)}" if name else "no tensor"
+            if self.loss_fn is None:
+                raise UsageError(
+                    f"train_step needs a loss, but the model returns {found}; "
+                    "give one: parallelize(..., loss_fn=...), called as loss_fn(output, target)"
+                )
+            raise UsageError(
+                f"loss_fn must return a scalar, got {found.removeprefix('a tensor of ')}; reduce it, by .mean() say"
+            )
+        if not graph.tensor(name).needs_grad:
+            raise UsageError(
+                "the loss does not depend on any parameter that requires a gradient; nothing can be trained"
+            )
+
+    # -- plumbing --------------------------------------------------------------------------------------------------
+
+    def _bind(self, what: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
+        """The engine for a call like this (captured now if there is none yet), and the call's tensors by name."""
+        key = (what, torch.is_grad_enabled(), _autocast_key(), self._modes(), signature(args, kwargs))
+        known = self._engines.setdefault(key, [])
+        for engine, captured in known:
+            if engine is None:
+                return Bound(None, captured, {}, {})
+            leaves = captured.flatten(args, kwargs)
+            if leaves is not None and captured.guards_hold(leaves):
+                return self._bound(engine, captured, leaves)
+        captured = capture(self.module, args, kwargs, forward=forward)
+        if captured.live:
+            known.append((None, captured))
+            return Bound(None, captured, {}, {})
+        found = layouts(captured.graph, batch_norm=self.plan.batch_norm)
+        engine = Local(captured, found, self.plan, self.cluster, self._team)
+        known.append((engine, captured))
+        leaves = captured.flatten(args, kwargs)
+        assert leaves is not None, "the call just captured"
+        return self._bound(engine, captured, leaves)
+
+    def _bound(self, engine: Local, captured: Captured, leaves: list[torch.Tensor]) -> Bound:
+        graph = captured.graph
+        given = dict(zip(captured.inputs, leaves, strict=True))
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        given.update({t.name: buffers[t.path] for t in graph.of_role("buffer")})
+        return Bound(engine, captured, given, {t.name: parameters[t.path] for t in graph.of_role("parameter")})
+
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(m.training for m in self.module.modules())
+
+    # -- as a module -----------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Whole, under the user's model's own names."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.load_state_dict(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.module.named_buffers(*args, **kwargs)
+
+    def close(self) -> None:
+        """End the worker threads; the next call starts new ones."""
+        self._team.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
+        return ParallelModule(copy.deepcopy(self.module, memo), self.plan, self.cluster, loss_fn=self.loss_fn)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.module, self.plan, self.cluster, self.loss_fn)
+
+
+def _rebuild(module: nn.Module, plan: Plan, cluster: Cluster, loss_fn: Any) -> ParallelModule:
+    return ParallelModule(module, plan, cluster, loss_fn=loss_fn)
+
+
+def _autocast_key() -> tuple[object, ...]:
+    return tuple((k, torch.get_autocast_dtype(k)) for k in ("cpu", "cuda") if torch.is_autocast_enabled(k))
+
+
+class _WithLoss:
+    """``forward`` of a training step: the model, then the loss."""
+
+    def __init__(self, module: nn.Module, loss_fn: Callable[..., torch.Tensor] | None) -> None:
+        self.module, self.loss_fn = module, loss_fn
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.loss_fn is None:
+            output = self.module(*args, **kwargs)
+            if isinstance(output, torch.Tensor):
+                return output
+            return output["loss"] if isinstance(output, Mapping) and "loss" in output else output[0]
+        return self.loss_fn(self.module(*args[:-1], **kwargs), args[-1])
+
+
+def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+    """What a capture depends on: structure, shapes, dtypes, devices, and every value that is not a tensor."""
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    described = tuple(
+        (tuple(x.shape), x.dtype, x.device, x.requires_grad) if isinstance(x, torch.Tensor) else repr(x) for x in leaves
+    )
+    return str(spec), described

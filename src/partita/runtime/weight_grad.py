@@ -1,0 +1,210 @@
+"""Weight gradients apart from the rest of backward: put off, and made for several microbatches in one product.
+
+A pipeline of M microbatches adds M gradients to every weight: each a product with a short inner dimension, a
+temporary the size of the weight, and an addition that reads and writes it again. Here backward only computes what the
+stage before waits for (Zero Bubble Pipeline Parallelism, Qi et al. 2024, the B step) and remembers
+(input, output gradient); the W step joins what it holds and makes one product, straight into ``.grad``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+class WeightQueue:
+    """What one device has put off. ``put_off`` False: made at once, still straight into ``.grad``."""
+
+    def __init__(self) -> None:
+        self.put_off = False
+        self.key: object = None
+        self._held: dict[object, dict[object, tuple[Callable[..., None], list[tuple[torch.Tensor, torch.Tensor]]]]] = {}
+
+    def add(self, what: tuple[object, ...], make: Callable[..., None], x: torch.Tensor, grad: torch.Tensor) -> None:
+        """``what``: the weights and the kind of product; pairs of the same ``what`` are joined."""
+        if not self.put_off:
+            make([(x, grad)])
+            return
+        entries = self._held.setdefault(self.key, {})
+        entries.setdefault(what, (make, []))[1].append((x, grad))
+
+    def flush(self, keys: list[object]) -> None:
+        """Make the gradients of these runs, all runs of one weight in one product."""
+        joined: dict[object, tuple[Callable[..., None], list[tuple[torch.Tensor, torch.Tensor]]]] = {}
+        for key in keys:
+            for what, (make, pairs) in self._held.pop(key, {}).items():
+                joined.setdefault(what, (make, []))[1].extend(pairs)
+        with torch.no_grad():
+            for make, pairs in joined.values():
+                make(pairs)
+
+
+_current = threading.local()
+
+
+def use_queue(queue: WeightQueue | None) -> None:
+    """The queue of the calling thread's forwards."""
+    _current.queue = queue
+
+
+def _queue(*weights: torch.Tensor | None) -> WeightQueue | None:
+    """The thread's queue, where the weights are a device's own leaves (``mark``) and nothing casts them.
+
+    Other leaves, activations received from another stage say, need their gradient in B, not later.
+    """
+    queue: WeightQueue | None = getattr(_current, "queue", None)
+    if queue is None or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    if any(w is not None and not (w.requires_grad and getattr(w, _MARK, False)) for w in weights):
+        return None
+    return queue
+
+
+_MARK = "partita_alias"
+
+
+def mark(alias: torch.Tensor) -> None:
+    """Say that a tensor is a device's leaf over a parameter: its gradient may come as late as the step's end."""
+    setattr(alias, _MARK, True)
+
+
+def _add_product(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """weight.grad += left.T @ right"""
+    if weight.grad is None:
+        weight.grad = left.t() @ right
+    else:
+        weight.grad.addmm_(left.t(), right)
+
+
+def _add(weight: torch.Tensor, grad: torch.Tensor) -> None:
+    if weight.grad is None:
+        weight.grad = grad
+    else:
+        weight.grad.add_(grad)
+
+
+def _rows(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    xs = [x.reshape(-1, x.shape[-1]) for x, _ in pairs]
+    gs = [g.reshape(-1, g.shape[-1]) for _, g in pairs]
+    return (xs[0], gs[0]) if len(pairs) == 1 else (torch.cat(xs), torch.cat(gs))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, queue: WeightQueue
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias, ctx.queue, ctx.wants_x = bias, queue, x.requires_grad
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        bias = ctx.bias
+
+        def make(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+            xs, gs = _rows(pairs)
+            _add_product(weight, gs, xs)
+            if bias is not None:
+                _add(bias, gs.sum(0))
+
+        result = grad.matmul(weight) if ctx.wants_x else None
+        ctx.queue.add(("linear", id(weight), id(bias)), make, x, grad)
+        return result, None, None, None
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``aten.linear`` with its weight gradient apart."""
+    queue = _queue(weight, bias) if weight.dim() == 2 and x.dim() > 1 else None
+    if queue is None:
+        return F.linear(x, weight, bias)
+    result: torch.Tensor = _Linear.apply(x, weight, bias, queue)
+    return result
+
+
+class _Addmm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, queue: WeightQueue
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias, ctx.queue, ctx.wants_x = bias, queue, x.requires_grad
+        return torch.addmm(bias, x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        bias = ctx.bias
+
+        def make(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+            xs, gs = _rows(pairs)
+            _add_product(weight, xs, gs)
+            _add(bias, gs.sum(0))
+
+        result = grad.matmul(weight.t()) if ctx.wants_x else None
+        ctx.queue.add(("addmm", id(weight), id(bias)), make, x, grad)
+        return None, result, None, None
+
+
+def addmm(
+    bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    """``aten.addmm(bias, x, weight)`` (GPT-2's Conv1D) with its weight gradient apart."""
+    queue = _queue(bias, weight) if bias.dim() == 1 and beta == 1 and alpha == 1 else None
+    if queue is None:
+        return torch.addmm(bias, x, weight, beta=beta, alpha=alpha)
+    result: torch.Tensor = _Addmm.apply(bias, x, weight, queue)
+    return result
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, index: torch.Tensor, padding: int, queue: WeightQueue) -> torch.Tensor:
+        ctx.save_for_backward(index, weight)
+        ctx.padding, ctx.queue = padding, queue
+        return torch.embedding(weight, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        index, weight = ctx.saved_tensors
+        padding = ctx.padding
+
+        def make(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+            rows = torch.cat([i.reshape(-1) for i, _ in pairs])
+            gs = torch.cat([g.reshape(-1, g.shape[-1]) for _, g in pairs])
+            dense = torch.ops.aten.embedding_dense_backward(gs, rows, weight.shape[0], padding, False)
+            _add(weight, dense)
+
+        ctx.queue.add(("embedding", id(weight), padding), make, index, grads[0])
+        return None, None, None, None
+
+
+def embedding(
+    weight: torch.Tensor,
+    index: torch.Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> torch.Tensor:
+    """``aten.embedding`` with its weight gradient apart: the table-sized gradient is made once, not per microbatch."""
+    queue = None if scale_grad_by_freq or sparse else _queue(weight)
+    if queue is None:
+        return torch.embedding(weight, index, padding_idx, scale_grad_by_freq, sparse)
+    result: torch.Tensor = _Embedding.apply(weight, index, padding_idx, queue)
+    return result
+
+
+APART: dict[str, Callable[..., Any]] = {
+    "aten.linear.default": linear,
+    "aten.addmm.default": addmm,
+    "aten.embedding.default": embedding,
+}
+for _function in APART.values():
+    _function.returns_sequence = False  # type: ignore[attr-defined]

@@ -1,0 +1,169 @@
+"""Simulate: walk a Program's instruction lists with a clock; the Trace a run would give, with memory per device.
+
+A worker runs its list in order. SEND leaves at once and takes the link for ``latency + bytes / bandwidth``, one message
+after the other; RECV waits for its message. Accuracy: exact for the given costs and uncontended devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from partita.cluster import Cluster
+from partita.cost.memory import optimizer_factor, shares_memory
+from partita.cost.table import SegmentCost
+from partita.errors import PlanError
+from partita.program import Instruction, Program
+from partita.trace import Event, Trace
+
+Message = tuple[str, str, int, int, str, bool]
+
+
+def simulate(
+    program: Program,
+    costs: Mapping[tuple[int, str], SegmentCost],
+    cluster: Cluster,
+    *,
+    optimizer: str = "none",
+) -> Trace:
+    """The predicted Trace. ``costs``: (segment, device name) -> cost (``cost.table.segment_costs``).
+
+    Memory counts parameters, gradients and ``optimizer`` state, saved activations, received tensors and what is alive
+    only while a segment runs. Raises PlanError where devices wait for each other for ever, naming who waits for what.
+    """
+    return _Run(program, costs, cluster, optimizer).go()
+
+
+class _Run:
+    def __init__(
+        self, program: Program, costs: Mapping[tuple[int, str], SegmentCost], cluster: Cluster, optimizer: str
+    ) -> None:
+        self.program, self.costs, self.cluster = program, costs, cluster
+        self.lists = dict(program.instructions)
+        self.clock = dict.fromkeys(self.lists, 0.0)
+        self.arrival: dict[Message, float] = {}
+        self.link_free: dict[tuple[str, str], float] = {}
+        self.events: list[Event] = []
+        self.splits_backward = {i.segment for _, items in program.instructions for i in items if i.kind == "W"}
+        self.memory = _Memory(program, costs, optimizer)
+
+    def go(self) -> Trace:
+        position = dict.fromkeys(self.lists, 0)
+        moved = True
+        while moved:
+            moved = False
+            for device, items in self.lists.items():
+                while position[device] < len(items) and self._step(device, items[position[device]]):
+                    position[device] += 1
+                    moved = True
+        waiting = [
+            f"{device} waits with {items[position[device]]}"
+            + (f" for {items[position[device]].peer}" if items[position[device]].peer else "")
+            for device, items in self.lists.items()
+            if position[device] < len(items)
+        ]
+        if waiting:
+            raise PlanError(
+                "the program never ends: devices wait for each other; another schedule or stage order is needed",
+                tuple(waiting),
+            )
+        events = tuple(sorted(self.events, key=lambda e: (e.start, e.device, e.end)))
+        return Trace(events, tuple((d, round(self.memory.peak[d])) for d in self.lists), "simulated")
+
+    def _step(self, device: str, item: Instruction) -> bool:
+        """Runs one instruction; False where its message has not been sent yet."""
+        start = self.clock[device]
+        if item.kind == "SEND":
+            link = (device, item.peer)
+            begin = max(start, self.link_free.get(link, 0.0))
+            end = begin + self.cluster.transfer_seconds(device, item.peer, item.nbytes)
+            self.link_free[link] = end
+            self.arrival[(device, item.peer, item.segment, item.microbatch, item.tensor, item.grad)] = end
+            self._event(device, item, begin, end)
+            return True
+        if item.kind == "RECV":
+            key = (item.peer, device, item.segment, item.microbatch, item.tensor, item.grad)
+            if key not in self.arrival:
+                return False
+            self.clock[device] = max(start, self.arrival[key])
+            self.memory.received(device, item)
+            self._event(device, item, start, self.clock[device])
+            return True
+        self.clock[device] = start + self._seconds(device, item)
+        if item.kind in ("F", "B", "W"):
+            self.memory.ran(device, item, item.segment in self.splits_backward)
+        self._event(device, item, start, self.clock[device])
+        return True
+
+    def _event(self, device: str, item: Instruction, start: float, end: float) -> None:
+        self.events.append(
+            Event(device, str(item), item.kind, item.segment, item.microbatch, start, end, item.nbytes)
+        )
+
+    def _seconds(self, device: str, item: Instruction) -> float:
+        if item.kind == "REDUCE":
+            return self.cluster.transfer_seconds(device, item.peer or device, item.nbytes)
+        cost = self.costs.get((item.segment, device))
+        if cost is None:
+            return 0.0
+        samples = samples_of(self.program, item)
+        if item.kind == "F":
+            return cost.forward.at(samples)
+        if item.kind == "W":
+            return cost.weight.at(samples)
+        both = cost.backward.at(samples)
+        return both if item.segment in self.splits_backward else both + cost.weight.at(samples)
+
+
+def samples_of(program: Program, item: Instruction) -> int:
+    """Samples the instruction works on."""
+    return program.sizes[item.microbatch] if item.microbatch >= 0 else sum(program.sizes)
+
+
+class _Memory:
+    """Bytes alive on each device, and the most there were."""
+
+    def __init__(self, program: Program, costs: Mapping[tuple[int, str], SegmentCost], optimizer: str) -> None:
+        self.program, self.costs = program, costs
+        devices = [device for device, _ in program.instructions]
+        self.now = dict.fromkeys(devices, 0.0)
+        factor = optimizer_factor(optimizer)
+        held: dict[str, dict[str, tuple[int, bool]]] = {device: {} for device in devices}
+        owner: dict[str, str] = {}
+        for s, places in enumerate(program.placement):
+            for device in dict.fromkeys(places):
+                if device in held and (s, device) in costs:
+                    for name, size, trains in costs[s, device].parameters:
+                        held[device][name] = (size, trains)
+        for device, parameters in held.items():
+            for name, (size, trains) in parameters.items():
+                mine = owner.setdefault(name, device) == device if shares_memory(device) else True
+                gradient = size if trains and program.train else 0
+                self.now[device] += (size + factor * gradient if mine else 0) + gradient
+        self.peak = dict(self.now)
+        self.boundary: dict[tuple[str, int], float] = {}
+
+    def _add(self, device: str, change: float, transient: float = 0.0) -> None:
+        self.now[device] += change
+        self.peak[device] = max(self.peak[device], self.now[device] + transient)
+
+    def received(self, device: str, item: Instruction) -> None:
+        key = (device, item.microbatch)
+        self.boundary[key] = self.boundary.get(key, 0.0) + item.nbytes
+        self._add(device, item.nbytes)
+
+    def ran(self, device: str, item: Instruction, splits_backward: bool) -> None:
+        cost = self.costs.get((item.segment, device))
+        if cost is None:
+            return
+        samples = samples_of(self.program, item)
+        saved, transient = cost.saved.at(samples), cost.transient.at(samples)
+        if item.kind == "F":
+            self._add(device, saved if self.program.train else 0.0, transient)
+            ends = not self.program.train
+        else:
+            self._add(device, 0.0, transient if item.kind == "B" else 0.0)
+            ends = (item.kind == "W") == splits_backward
+            if ends:
+                self._add(device, -saved)
+        if ends:
+            self._add(device, -self.boundary.pop((device, item.microbatch), 0.0))

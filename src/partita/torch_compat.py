@@ -1,0 +1,129 @@
+"""Every private torch name partita uses, each with its reason and the public way it waits for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+
+# A fake tensor has shape, dtype and autograd history but no memory. Public: none (torch.export uses it inside).
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+
+# The one kind of mode that the PreDispatch slot accepts beside make_fx's own. Public: none.
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.overrides import TorchFunctionMode
+
+# Nested containers as leaves and a structure. Public: torch.utils.pytree, announced, not in every release from 2.11 on.
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "OpOverload",
+    "PreDispatchMode",
+    "TorchFunctionMode",
+    "UnsupportedOperatorException",
+    "autocast_kernel",
+    "decomposes",
+    "enable_python_dispatcher",
+    "force_eager",
+    "no_modes",
+    "pytree",
+    "storage_key",
+    "version",
+    "without_pre_dispatch",
+    "wrapped",
+]
+
+# One resolved overload of an operator (``aten.linear.default``). Public: none.
+OpOverload = torch._ops.OpOverload
+
+
+class PreDispatchMode(SchemaCheckMode):
+    """A mode that sees ops before autograd and before composite ops fall apart. Public: none."""
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise the first op imports torch._dynamo, which takes seconds
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """The identity of a tensor's memory, also of a fake tensor's. Public: none for storages without data."""
+    return cast(int, tensor.untyped_storage()._cdata)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often the tensor was changed in place. Public: none."""
+    return cast(int, tensor._version)
+
+
+def decomposes(op: Any) -> bool:
+    """Whether the op is made of other ops above autograd. Public: none."""
+    return bool(op._can_decompose())
+
+
+def autocast_kernel(op: Any, device: str) -> bool:
+    """Whether autocast treats this op in a way of its own. Public: none."""
+    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}.get(device)
+    if key is None:
+        return False
+    name, dispatch_key = op.name(), getattr(torch._C.DispatchKey, key)
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(name, dispatch_key)
+        and not torch._C._dispatch_kernel_for_dispatch_key_is_fallthrough(name, dispatch_key)
+    )
+
+
+@contextmanager
+def force_eager() -> Iterator[None]:
+    """Functions under ``torch.compile`` run as plain Python inside."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    stance: Callable[[str], Any] = torch.compiler.set_stance
+    with stance("force_eager"):
+        yield
+
+
+def wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a functorch transform (vmap, grad, jvp) has wrapped the tensor. Public: none."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_functorch_wrapped_tensor(tensor))
+
+
+@contextmanager
+def no_modes() -> Iterator[None]:
+    """Ops inside run for real, whatever is being traced around. Public: none."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), torch._C._DisablePythonDispatcher():
+        yield
+
+
+@contextmanager
+def without_pre_dispatch() -> Iterator[None]:
+    """Ops inside are not seen by the PreDispatchMode above; fake tensors stay fake. Public: none."""
+    if torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0:
+        yield
+        return
+    mode = torch._ops._pop_mode_from_pre_dispatch()
+    try:
+        yield
+    finally:
+        torch._ops._set_mode_pre_dispatch(mode)

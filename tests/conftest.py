@@ -1,0 +1,37 @@
+"""What tests share: where the zoo is, one intra-op thread, a cache of their own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def zoo_dir() -> Path:
+    """PARTITA_ZOO, or ``../shared/zoo`` beside the checkout."""
+    return Path(os.environ.get("PARTITA_ZOO") or ROOT.parent / "shared" / "zoo")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ.setdefault("PARTITA_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip by name what this machine cannot run."""
+    no_zoo = None if (zoo_dir() / "zoo.py").is_file() else f"no model zoo at {zoo_dir()} (PARTITA_ZOO names another)"
+    no_cuda = _no_cuda() if any(item.get_closest_marker("cuda") for item in items) else None
+    for item in items:
+        if no_zoo and item.get_closest_marker("zoo"):
+            item.add_marker(pytest.mark.skip(reason=no_zoo))
+        if no_cuda and item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=no_cuda))
+
+
+def _no_cuda() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "needs a CUDA GPU; torch.cuda.is_available() is False here"

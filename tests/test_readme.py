@@ -1,0 +1,43 @@
+"""What the documentation shows is what happens: its Python runs, its files are read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from partita import cluster_file, plan_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+
+
+def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    shown = blocks("README.md", "python")
+    assert len(shown) == 3
+    for block in shown:
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_the_plans_shown_are_plans() -> None:
+    shown = [*blocks("README.md", "yaml"), blocks("docs/files.md", "yaml")[0]]
+    for block in shown:
+        assert plan_file.loads(block).stages
+
+
+def test_the_cluster_shown_is_a_cluster() -> None:
+    assert len(cluster_file.loads(blocks("docs/files.md", "yaml")[1]).devices) == 2
+
+
+def test_every_decision_is_listed() -> None:
+    folder = ROOT / "docs" / "decisions"
+    listed = set(re.findall(r"\((\d{4}-[\w-]+\.md)\)", (folder / "README.md").read_text(encoding="utf-8")))
+    assert listed == {p.name for p in folder.glob("0*.md")}
