@@ -1,4 +1,4 @@
-"""A plain interpreter of a Graph on parts of the batch, as its BatchLayouts say: the reference the tests compare with."""
+"""A plain interpreter of a Graph on parts of the batch, as its BatchLayouts say: what the tests compare with."""
 
 from __future__ import annotations
 
@@ -121,7 +121,11 @@ def run_parts(
 
 
 def graph_of(
-    target: str, make: Callable[[int], tuple[Any, ...]], keywords: Callable[[int], dict[str, Any]] | None = None, *, batch: int = 5
+    target: str,
+    make: Callable[[int], tuple[Any, ...]],
+    keywords: Callable[[int], dict[str, Any]] | None = None,
+    *,
+    batch: int = 5,
 ) -> tuple[Graph, dict[str, Any]]:
     """A graph of one op, its sizes found by running it at two batch sizes, and the values of its tensors at one.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,7 +128,7 @@ CASES = [
     Case("a class instead of a model", divided(model=Net), UsageError, ("must be an nn.Module", "not its class")),
     Case("a tensor instead of arguments", divided(example=x()), UsageError, ("example_args", "(x,)")),
     Case("a forward that fails", divided(model=Fails()), CaptureError, ("shape", HERE)),
-    Case("an example of a wrong width", divided(example=(torch.randn(6, 9),)), CaptureError, ("[6, 9]", HERE)),
+    Case("an example of a wrong width", divided(example=(torch.randn(6, 9),)), CaptureError, ("6x9", HERE)),
     Case("a missing example", divided(example=()), CaptureError, ("argument",)),
     # Devices and memory
     Case("a GPU that is not there", divided(devices=["cpu", "cuda:77"]), ClusterError,
@@ -174,12 +176,12 @@ CASES = [
     Case("an unknown optimizer", planned(optimizer="adan"), UsageError, ("'adan'", "adamw")),
     Case("an unknown objective", planned(objective="fastest"), UsageError, ("fastest", "train")),
     # Running
-    Case("a call of a wrong width", called(torch.randn(6, 9)), CaptureError, ("[6, 9]", HERE)),
+    Case("a call of a wrong width", called(torch.randn(6, 9)), CaptureError, ("6x9", HERE)),
     Case("a call of a wrong dtype", called(x().double()), ExecutionError, ("stage 0", "'first'", "dtype", HERE)),
     Case("a loss that is no scalar", trained(lambda y, t: (y - t) ** 2, x(), torch.zeros(6, 4)), UsageError,
          ("scalar",)),
     Case("a step without a loss", trained(None, x()), UsageError, ("loss_fn",)),
-    Case("targets that do not fit", trained(F.mse_loss, x(), torch.zeros(5, 4)), CaptureError, ("5, 4",)),
+    Case("targets that do not fit", trained(F.mse_loss, x(), torch.zeros(5, 4)), CaptureError, ("must match",)),
 ]  # fmt: skip
 
 
@@ -274,7 +276,7 @@ COMMANDS = [
     ("plan net.py:make --devices 2 --objective fastest", 2, "fastest"),
     ("plan net.py:make --devices 2 -o none/plan.yaml", 2, "there is no directory 'none'; make it first"),
     ("plan net.py:make --devices 2 -o folder", 2, "it is a directory; name a file in it"),
-    ("plan net.py:wrong --devices 2", 2, "[6, 9]"),
+    ("plan net.py:wrong --devices 2", 2, "6x9"),
     ("plan net.py:nothing --devices 2", 2, "net.py has no 'nothing'"),
     ("explain none.yaml", 2, "no plan file at 'none.yaml'"),
     ("explain corrupt.yaml", 2, "'corrupt.yaml' is not YAML: line 4"),
@@ -328,6 +330,14 @@ def test_on_the_command_line(
     assert err.startswith("error: ") and text in err
     assert "Traceback" not in err + out
     assert out == ""
+
+
+def test_a_terminal_shows_one_message_and_nothing_else(folder: Path) -> None:
+    command = [sys.executable, "-m", "partita.cli", "plan", "net.py:wrong", "--devices", "2"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="the superuser may write everywhere")

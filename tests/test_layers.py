@@ -28,7 +28,7 @@ SIDEWAYS = {
     ("plan_file", "plan"), ("plan_file", "strict_yaml"), ("plan_text", "plan"),
     ("lower", "assign"), ("manual", "assign"), ("check", "assign"), ("predict", "lower"), ("predict", "simulate"),
     ("capture", "torch_compat"), ("runtime", "torch_compat"),
-    ("runtime", "capture"),
+    ("runtime", "capture"), ("measure", "capture"), ("measure", "runtime"), ("measure", "capture"), ("measure", "runtime"),
     ("cli", "factory"), ("cli", "doctor"), ("cli", "api"), ("cli", "report"),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -68,7 +69,7 @@ def test_every_step_stands_exactly_once_on_its_device_and_nobody_waits_for_ever(
     ],
 )
 def test_the_drawing_in_the_docstring_is_what_is_made(module, name, placement, m):
-    drawn = "\n".join(line.strip() for line in module.__doc__.splitlines() if line.startswith("    "))
+    drawn = "\n".join(line.strip() for line in module.__doc__.splitlines() if re.match(r"\s*[a-z]: [FBW]\d", line))
     assert draw(schedule(name, placement, m)) == drawn
 
 

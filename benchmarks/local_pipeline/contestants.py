@@ -111,6 +111,13 @@ def torchgpipe(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready:
 # -- torch.distributed.pipelining ----------------------------------------------------------------------------------
 
 
+class Contiguous(nn.Module):
+    """What Gloo sends must be contiguous; a transformer over patches makes strided activations."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous()
+
+
 def torch_pipeline(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready:
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
@@ -120,7 +127,7 @@ def torch_pipeline(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready
     parameters = list(model.parameters())
 
     def make(cut: int, microbatches: int) -> Step:
-        part = nn.Sequential(*(chain[:cut] if rank == 0 else chain[cut:]))
+        part = nn.Sequential(*([*chain[:cut], Contiguous()] if rank == 0 else chain[cut:]))
         stage = PipelineStage(part, rank, 2, device)
         schedule = Schedule1F1B(stage, microbatches, loss_fn=cross_entropy)
 

@@ -150,7 +150,8 @@ def bars(model: str, results: dict[str, Result]) -> dict[str, object]:
             continue
         for rival in RIVALS:
             if rival in good:
-                found[f"{own} is faster than {rival} by"] = ratio(good[rival].seconds, good[own].seconds)
+                other = "" if good[rival].same_numbers else " (which computes other numbers)"
+                found[f"{own}: times as fast as {rival}{other}"] = ratio(good[rival].seconds, good[own].seconds)
         if REFERENCE in good:
             found[f"{own}: share of 2x one thread"] = _halved(good[REFERENCE].seconds, good[own].seconds, 2.0)
     for own, (_, ideal) in PIPELINE_IDEAL.items():
@@ -203,7 +204,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, result in results.items():
             if result.error:
                 console.print(f"{CONTESTANTS[name].title} failed:", style="bold")
-                console.print(result.details or result.error, markup=False, highlight=False)
+                last = (result.details or result.error).splitlines()[-8:]
+                console.print("\n".join(last), markup=False, highlight=False, soft_wrap=True)
         for key, value in found.items():
             console.print(f"  {key}: {value}", markup=False, highlight=False)
         console.print()

@@ -31,7 +31,9 @@ class Writer:
         name = f"{module}:{target.split('.')[1]}" + (f"_{number}" if number else "")
         out = f"t{len(self.ops)}"
         self.tensors.append(Tensor(out, shape, dtype, "op", "", uses[0] if view else out, grad))
-        self.ops.append(Op(name, target, args or tuple(map(Ref, uses)), (), (out,), module, "", grad, False, (), writes, flops))
+        self.ops.append(
+            Op(name, target, args or tuple(map(Ref, uses)), (), (out,), module, "", grad, False, (), writes, flops)
+        )
         return out
 
     def linear(self, module: str, x: str, shape: tuple[Dim, ...], inputs: int, outputs: int) -> str:
@@ -44,7 +46,9 @@ class Writer:
         return Graph(name, name, self.batch, tuple(self.tensors), tuple(self.ops), (output,))
 
 
-def gpt(layers: int = 48, *, width: int = 512, heads: int = 8, tokens: int = 128, vocabulary: int = 8192, batch: int = 32) -> Graph:
+def gpt(
+    layers: int = 48, *, width: int = 512, heads: int = 8, tokens: int = 128, vocabulary: int = 8192, batch: int = 32
+) -> Graph:
     """A GPT-2-like decoder: 21 ops a layer."""
     w, n = Writer(batch), Size(0, 1)
     ids = w.leaf("ids", (n, tokens), "input", "int64")

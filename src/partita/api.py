@@ -14,8 +14,9 @@ from partita.capture import Captured, capture
 from partita.check import require
 from partita.cluster import Cluster
 from partita.errors import UsageError
+from partita.lower import can_synchronise
 from partita.manual import plan_from_cuts, plan_live
-from partita.measure import local_cluster
+from partita.measure import kept_timings, local_cluster, measure_call
 from partita.plan import Plan
 from partita.planners.auto import auto
 from partita.planners.constraints import Constraints
@@ -46,18 +47,26 @@ def parallelize(
     constraints: Constraints | Mapping[str, Any] | None = None,
     objective: str = "train",
     loss_fn: Callable[..., torch.Tensor] | None = None,
+    profile: bool = True,
 ) -> ParallelModule:
     """The model divided over ``devices``: a drop-in ``nn.Module`` with the same parameters and the same numbers.
 
     ``example_args``, ``example_kwargs``: one typical call. ``plan``: a Plan or its file (manual); None: found here.
     ``memory``: per device, ``"2GiB"`` or ``{device: "2GiB"}``. ``optimizer``: whose state to leave room for.
-    ``loss_fn(output, target)``: for ``train_step``. Raises PlanError (all problems at once), InfeasibleError (with the
+    ``loss_fn(output, target)``: for ``train_step``. ``profile``: time the model's parts here before planning (seconds,
+    kept on disk); False: plan from counts and device speeds alone. Raises PlanError (all problems at once), InfeasibleError (with the
     nearest remedy), CaptureError, ClusterError, UsageError.
     """
     cluster = local_cluster(devices, memory)
     captured = _capture(model, example_args, example_kwargs)
     if plan is None:
-        chosen = _plan(captured, cluster, model, optimizer=optimizer, constraints=constraints, objective=objective)
+        measured = None
+        if profile:
+            measured = measure_call(captured, cluster, model, example_args, example_kwargs, train=objective == "train")
+        chosen = _plan(
+            captured, cluster, model, optimizer=optimizer, constraints=constraints, objective=objective,
+            measured=measured,
+        )  # fmt: skip
     else:
         chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
         if not captured.live:
@@ -77,10 +86,16 @@ def find_plan(
     constraints: Constraints | Mapping[str, Any] | None = None,
     objective: str = "train",
 ) -> Plan:
-    """The best plan for the model on these devices, or on a described ``cluster``. Nothing is run or allocated."""
+    """The best plan for the model on these devices, or on a described ``cluster``. Nothing is run or allocated.
+
+    Timings that ``parallelize`` measured on this machine before are used where they are kept.
+    """
     where = cluster if cluster is not None else local_cluster(devices, memory)
     captured = _capture(model, example_args, example_kwargs)
-    return _plan(captured, where, model, optimizer=optimizer, constraints=constraints, objective=objective)
+    measured = kept_timings(captured, where, train=objective == "train")
+    return _plan(
+        captured, where, model, optimizer=optimizer, constraints=constraints, objective=objective, measured=measured
+    )
 
 
 def split(
@@ -177,4 +192,6 @@ def _plan(captured: Captured, cluster: Cluster, model: nn.Module, **options: Any
     if captured.live:
         names = [d.name for d in cluster.devices]
         return plan_live(children_bytes(model), type(model).__name__, names, reason=captured.live)
-    return auto(captured.graph, layouts(captured.graph), cluster, **options)
+    return auto(
+        captured.graph, layouts(captured.graph), cluster, sync_batch_norm=can_synchronise(captured.graph), **options
+    )

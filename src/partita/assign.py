@@ -11,10 +11,12 @@ from partita.plan import Plan
 
 def covers(module: str, call: str) -> bool:
     """Whether a plan's module name covers a module call: ``blocks.0`` covers ``blocks.0.attn`` and ``blocks.0@1``,
-    ``blocks.0@1`` only that call (with what it calls), and ``""``, the model itself, everything.
+    ``blocks.0@1`` only that call (with what it calls), ``blocks.0@0`` the first, ``""`` (the model) everything.
     """
     if not module:
         return True
+    if "@" not in module and "@" not in call:
+        return call.startswith(module) and (len(call) == len(module) or call[len(module)] == ".")
     return _fits(_parts(module), _parts(call))
 
 
@@ -29,7 +31,7 @@ def _parts(name: str) -> tuple[tuple[str, str], ...]:
 def _fits(prefix: tuple[tuple[str, str], ...], parts: tuple[tuple[str, str], ...]) -> bool:
     if len(prefix) > len(parts):
         return False
-    return all(a[0] == b[0] and (not a[1] or a[1] == b[1]) for a, b in zip(prefix, parts, strict=False))
+    return all(a[0] == b[0] and (not a[1] or a[1] == (b[1] or "0")) for a, b in zip(prefix, parts, strict=False))
 
 
 class Names:
@@ -99,7 +101,7 @@ def complete(graph: Graph, known: Mapping[str, int]) -> dict[str, int]:
         else:
             loose.append(op)
     if not loose:
-        return stage
+        return {op.name: stage[op.name] for op in graph.ops}
     waiting = {op.name for op in loose}
     consumers: dict[str, list[str]] = {name: [] for name in waiting}
     touching: dict[str, list[str]] = {}
@@ -117,4 +119,4 @@ def complete(graph: Graph, known: Mapping[str, int]) -> dict[str, int]:
         if not after:
             after = [stage[name] for base in op.writes for name in touching.get(base, ()) if name in stage]
         stage[op.name] = min(after, default=0)
-    return stage
+    return {op.name: stage[op.name] for op in graph.ops}

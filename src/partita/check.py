@@ -82,9 +82,9 @@ def _near(name: str, known: Iterable[str]) -> str:
 def _model(plan: Plan, graph: Graph) -> list[str]:
     if plan.fingerprint and graph.fingerprint and plan.fingerprint != graph.fingerprint:
         return [
-            f"it was made for another model: {plan.model or 'a model'} with fingerprint {plan.fingerprint[:12]}, and this "
-            f"is {graph.name or 'a model'} with {graph.fingerprint[:12]}; plan this model anew, or, where the plan is "
-            "meant for it, remove the fingerprint from the file"
+            f"it was made for another model: {plan.model or 'a model'} with fingerprint {plan.fingerprint[:12]}, and "
+            f"this is {graph.name or 'a model'} with {graph.fingerprint[:12]}; plan this model anew, or, where "
+            "the plan is meant for it, remove the fingerprint from the file"
         ]
     return []
 
@@ -102,12 +102,14 @@ def _batch(plan: Plan, graph: Graph, layouts: Coupled | None) -> list[str]:
         problems.append(f"the batch's size is {batch.size}; it must be at least 1 (or left out)")
     if 0 < batch.size < batch.microbatches:
         problems.append(
-            f"{batch.microbatches} microbatches are more than the batch's {batch.size} samples; take at most {batch.size}"
+            f"{batch.microbatches} microbatches are more than the batch's {batch.size} samples; "
+            f"take at most {batch.size}"
         )
     if batch.sizes:
         if len(batch.sizes) != batch.microbatches:
             problems.append(
-                f"sizes names {len(batch.sizes)} microbatches, and microbatches is {batch.microbatches}: make them agree"
+                f"sizes names {len(batch.sizes)} microbatches, and microbatches is {batch.microbatches}: "
+                "make them agree"
             )
         if min(batch.sizes) < 1:
             problems.append(f"sizes has a microbatch of {min(batch.sizes)} samples; each needs at least 1")
@@ -116,8 +118,8 @@ def _batch(plan: Plan, graph: Graph, layouts: Coupled | None) -> list[str]:
     cut = batch.microbatches > 1
     if cut and layouts is not None and not layouts.microbatchable:
         problems.append(
-            f"{batch.microbatches} microbatches: this model's inputs have no batch dim that can be cut without changing "
-            "the numbers; set microbatches to 1"
+            f"{batch.microbatches} microbatches: this model's inputs have no batch dim that can be cut without "
+            "changing the numbers; set microbatches to 1"
         )
     elif cut and layouts is None and graph.batch == 0:
         problems.append(
@@ -179,9 +181,7 @@ def _recompute(plan: Plan, graph: Graph, stage_of: Mapping[str, int]) -> list[st
         for name in stage.recompute:
             where = {stage_of[op.name] for op in graph.ops if op.name == name or (name and covers(name, op.module))}
             if where and s not in where:
-                lines.append(
-                    f"stage {s} lists {name!r} under recompute, but stage {min(where)} runs it: list it there"
-                )
+                lines.append(f"stage {s} lists {name!r} under recompute, but stage {min(where)} runs it: list it there")
     return lines
 
 
@@ -222,8 +222,8 @@ def _order(plan: Plan, graph: Graph, stage_of: Mapping[str, int]) -> list[str]:
                 key = (there, here, made_by.module, op.module)
                 lines.setdefault(
                     key,
-                    f"stage {here} runs {_where(op)}, which needs {name!r} of {_where(made_by)} in the later stage {there}: "
-                    f"move one of them, or put {op.module or op.name} into stage {there} or later",
+                    f"stage {here} runs {_where(op)}, which needs {name!r} of {_where(made_by)} in the later "
+                    f"stage {there}: move one of them, or put {op.module or op.name} into stage {there} or later",
                 )
     return _few(list(lines.values()), "more values flow backwards in the same way")
 
@@ -257,8 +257,8 @@ def _in_place(graph: Graph, stage_of: Mapping[str, int]) -> list[str]:
             tensor = graph.tensor(base)
             lines.append(
                 f"stage {stage_of[writer.name]} runs {_where(writer)}, which changes {tensor.path or base!r} in place; "
-                f"{_where(apart)} in stage {stage_of[apart.name]} {'made' if producer is not None else 'uses'} it: keep "
-                "both in one stage"
+                f"{_where(apart)} in stage {stage_of[apart.name]} {'made' if producer is not None else 'uses'} it: "
+                "keep both in one stage"
             )
             break
     return _few(lines, "more tensors are changed in place across stages")

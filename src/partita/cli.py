@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -173,7 +174,7 @@ def report(
     predicted = predict(graph, chosen, cluster, batch=batch or graph.batch, optimizer=optimizer)
     parallel = api.parallelize(model, args, kwargs, devices=cluster, plan=chosen, loss_fn=_mean_square)
     try:
-        measured = _measure(parallel, args, kwargs, steps)
+        measured = _measure(parallel, args, kwargs, steps, optimizer)
     finally:
         parallel.close()
     if output is not None:
@@ -293,17 +294,32 @@ def _mean_square(output: Any, _: Any = None) -> Any:
     raise UsageError("the model's outputs need no gradient, so a training step cannot be measured")
 
 
-def _measure(parallel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], steps: int) -> Trace:
-    """The recorded trace of the last of ``steps`` training steps, none of which changes a parameter."""
+def _measure(parallel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], steps: int, optimizer: str) -> Trace:
+    """The recorded trace of the last of ``steps`` training steps, with each device's peak memory in another one.
+
+    No step changes a parameter. Memory is left out where the optimizer's state cannot be made for it.
+    """
     import torch
 
+    from partita.cost.memory import optimizer_factor
+    from partita.runtime.memory import measure_memory
+
+    call = (*args, torch.zeros(()))
     for step in range(steps):
         parallel.record = step == steps - 1
         parallel.zero_grad(set_to_none=True)
-        parallel.train_step(*args, torch.zeros(()), **kwargs)
-    trace = parallel.trace
+        parallel.train_step(*call, **kwargs)
+    trace, parallel.record = parallel.trace, False
     assert isinstance(trace, Trace)
-    return trace
+    state = None
+    if optimizer in ("adam", "adamw"):
+        state = torch.optim.AdamW(parallel.parameters(), lr=0.0, weight_decay=0.0)
+        state.step()
+    elif optimizer_factor(optimizer):
+        return trace
+    parallel.zero_grad(set_to_none=True)
+    peaks = measure_memory(parallel, call, kwargs, optimizer=state)
+    return replace(trace, memory=tuple((device, peaks[device]) for device in peaks if device != "caller"))
 
 
 def _show(predicted: Trace | None, measured: Trace | None) -> None:

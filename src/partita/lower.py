@@ -1,4 +1,4 @@
-"""Lower: (Graph, BatchLayouts, Plan) -> Program: segments per stage and phase, and per device the order of instructions.
+"""Lower: (Graph, BatchLayouts, Plan) -> Program: segments per stage and phase, per device the order of instructions.
 
     stage 0 on cpu:0   F0.0 >x F0.1 >x <dx B0.0 <dx B0.1        one microbatch after the other, as the schedule says
     stage 1 on cpu:1   <x F1.0 B1.0 >dx <x F1.1 B1.1 >dx
@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
-from partita.assign import assign
+from partita.assign import assign, covers
 from partita.graph import Graph, Op
 from partita.plan import Plan
 from partita.program import Fixed, Instruction, Layout, Once, Program, Segment, Split, Use, Whole
 from partita.schedules import schedule
 from partita.sharding.batch import BatchLayouts
+from partita.sharding.batch import layouts as batch_layouts
 
 ONCE_STAGE = -1
 CALLER = "caller"
@@ -33,6 +35,7 @@ def lower(
     ``part``: 'step' (forward and backward interleaved as the schedule says), 'forward' (all forwards; activations
     kept when ``train``) or 'backward' (what follows such a forward). The plan must have passed ``check``.
     """
+    layouts, synchronised = effective(graph, layouts, plan, batch)
     sizes = plan.batch.split(batch) if batch > 0 and divides(graph, layouts) else (batch,)
     stage_of = assign(plan, graph)
     phases = _phases(graph, layouts, single=len(sizes) == 1)
@@ -51,7 +54,51 @@ def lower(
         layouts=tuple((t.name, layouts.of[t.name]) for t in graph.tensors if t.name in layouts.of),
         output_device=plan.stages[-1].devices[0],
         train=train,
+        synchronised=synchronised,
     )
+
+
+def effective(graph: Graph, layouts: BatchLayouts, plan: Plan, batch: int) -> tuple[BatchLayouts, bool]:
+    """The layouts a plan runs under, and whether its batch norms share their statistics over replicas.
+
+    Batch norm in training couples the batch in time; where every stage that has one has a replica for each microbatch,
+    all parts run at the same moment and can combine their statistics, so that nothing needs to be joined.
+    """
+    count = len(plan.batch.split(batch)) if batch > 0 else 1
+    if count < 2 or plan.batch_norm != "exact" or not layouts.couplings:
+        return layouts, False
+    if not can_synchronise(graph):
+        return layouts, False
+    stage_of = assign(plan, graph)
+    norms = {stage_of[op.name] for op in _norms(graph)}
+    if any(len(set(plan.stages[s].devices)) != count for s in norms):
+        return layouts, False
+    ranks: dict[str, int] = {}
+    for s in norms:
+        for rank, device in enumerate(plan.stages[s].devices):
+            if ranks.setdefault(device, rank) != rank:
+                return layouts, False
+    found = batch_layouts(graph, batch_norm="per_microbatch")
+    return (found, True) if len(found.couplings) < len(layouts.couplings) else (layouts, False)
+
+
+MIN_STATISTICS = 128
+
+
+def can_synchronise(graph: Graph) -> bool:
+    """Whether the model has batch norms in training, each with enough values a channel to combine safely.
+
+    Statistics of a handful of values make a batch norm magnify rounding a thousandfold, so that the combined sum and
+    the plain one, both right to float32, would differ visibly; such models keep to the joined batch.
+    """
+    counts = [prod(graph.tensor(name).shape_at(graph.batch)) for op in _norms(graph) for name in op.uses()[:1]]
+    channels = [graph.tensor(op.uses()[0]).shape_at(graph.batch)[1] for op in _norms(graph)]
+    return bool(counts) and all(n >= MIN_STATISTICS * c for n, c in zip(counts, channels, strict=True))
+
+
+def _norms(graph: Graph) -> list[Op]:
+    """Batch norms that take statistics (they write running averages, or have none)."""
+    return [op for op in graph.ops if op.target == "aten.batch_norm.default" and op.args[5] is True]
 
 
 def divides(graph: Graph, layouts: BatchLayouts) -> bool:
@@ -174,21 +221,23 @@ def _take(layouts: BatchLayouts, phase: str, op: Op, name: str, held: Layout) ->
 def _recompute(graph: Graph, ops: list[Op], patterns: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     """Index ranges of ops to run again in backward: one per listed module and call, without ops that mutate
     what existed before them (running statistics would be updated twice)."""
-    from partita.assign import covers
-
+    if not patterns:
+        return ()
     ranges: list[tuple[int, int]] = []
     start, owner = 0, ""
-    for i, op in enumerate([*ops, None]):
-        match = ""
-        if op is not None and op.grad and not op.random:
-            match = next((p for p in patterns if covers(p, op.module) or p == op.name), "")
-            made = {graph.tensor(o).base or o for o in (o for prev in ops[start:i] for o in prev.outputs if o)}
-            if match and any(base not in made for base in op.writes):
-                match = ""
+    made: set[str] = set()
+    for i, op in enumerate(ops):
+        match = next((p for p in patterns if covers(p, op.module) or p == op.name), "") if op.grad else ""
+        known = made if match == owner else ()
+        if op.random or any(base not in known for base in op.writes):
+            match = ""
         if match != owner:
-            if owner and i - start > 1:
+            if owner:
                 ranges.append((start, i))
-            start, owner = i, match
+            start, owner, made = i, match, set()
+        made.update(graph.tensor(o).base or o for o in op.outputs if o)
+    if owner:
+        ranges.append((start, len(ops)))
     return tuple(ranges)
 
 

@@ -109,7 +109,8 @@ class Program:
     """``instructions``: device name -> its list. ``sizes``: samples of each microbatch.
 
     ``placement``: device of (segment, microbatch): ``placement[segment][microbatch]``, one entry where the segment
-    runs once. ``train``: with backward, else forward only.
+    runs once. ``train``: with backward, else forward only. ``synchronised``: batch norms combine their statistics over the
+    microbatches, which run at the same time, one a device.
     """
 
     devices: tuple[str, ...]
@@ -120,3 +121,4 @@ class Program:
     layouts: tuple[tuple[str, Layout], ...]
     output_device: str
     train: bool = True
+    synchronised: bool = False

@@ -43,6 +43,8 @@ class _Run:
         self.arrival: dict[Message, float] = {}
         self.link_free: dict[tuple[str, str], float] = {}
         self.events: list[Event] = []
+        self.begun: set[tuple[int, str]] = set()
+        self.previous: dict[str, tuple[str, int]] = {}
         self.splits_backward = {i.segment for _, items in program.instructions for i in items if i.kind == "W"}
         self.memory = _Memory(program, costs, optimizer)
 
@@ -66,6 +68,7 @@ class _Run:
                 "the program never ends: devices wait for each other; another schedule or stage order is needed",
                 tuple(waiting),
             )
+        self._reduce()
         events = tuple(sorted(self.events, key=lambda e: (e.start, e.device, e.end)))
         return Trace(events, tuple((d, round(self.memory.peak[d])) for d in self.lists), "simulated")
 
@@ -88,18 +91,18 @@ class _Run:
             self.memory.received(device, item)
             self._event(device, item, start, self.clock[device])
             return True
-        self.clock[device] = start + self._seconds(device, item)
+        again = self.previous.get(device) == ("W", item.segment)
+        self.previous[device] = (item.kind, item.segment)
+        self.clock[device] = start + self._seconds(device, item, again)
         if item.kind in ("F", "B", "W"):
             self.memory.ran(device, item, item.segment in self.splits_backward)
         self._event(device, item, start, self.clock[device])
         return True
 
     def _event(self, device: str, item: Instruction, start: float, end: float) -> None:
-        self.events.append(
-            Event(device, str(item), item.kind, item.segment, item.microbatch, start, end, item.nbytes)
-        )
+        self.events.append(Event(device, str(item), item.kind, item.segment, item.microbatch, start, end, item.nbytes))
 
-    def _seconds(self, device: str, item: Instruction) -> float:
+    def _seconds(self, device: str, item: Instruction, follows_weight: bool) -> float:
         if item.kind == "REDUCE":
             return self.cluster.transfer_seconds(device, item.peer or device, item.nbytes)
         cost = self.costs.get((item.segment, device))
@@ -108,10 +111,32 @@ class _Run:
         samples = samples_of(self.program, item)
         if item.kind == "F":
             return cost.forward.at(samples)
-        if item.kind == "W":
-            return cost.weight.at(samples)
-        both = cost.backward.at(samples)
+        if item.kind == "W":  # a run of W steps is one product per weight: what does not grow is paid once
+            return cost.weight.at(samples) - (cost.weight.fixed if follows_weight else 0.0)
+        key = (item.segment, device)
+        first = 0.0 if key in self.begun else cost.first.at(samples)
+        self.begun.add(key)
+        both = cost.backward.at(samples) + first
         return both if item.segment in self.splits_backward else both + cost.weight.at(samples)
+
+    def _reduce(self) -> None:
+        """Replicas' gradients are added when all have ended, each device a share (read both, write one)."""
+        if not self.program.train:
+            return
+        users: dict[str, set[str]] = {}
+        size_of: dict[str, int] = {}
+        for (_, device), cost in self.costs.items():
+            for name, size, trains in cost.parameters:
+                if trains and device in self.clock:
+                    users.setdefault(name, set()).add(device)
+                    size_of[name] = size
+        moved = sum(3.0 * (len(devices) - 1) * size_of[name] for name, devices in users.items())
+        if not moved:
+            return
+        start = max(self.clock.values())
+        speed = sum(self.cluster.device(d).memory_bandwidth for d in self.clock)
+        for device in self.clock:
+            self.events.append(Event(device, "REDUCE", "REDUCE", -1, -1, start, start + moved / speed))
 
 
 def samples_of(program: Program, item: Instruction) -> int:

@@ -34,12 +34,16 @@ __all__ = [
     "FakeTensorMode",
     "OpOverload",
     "PreDispatchMode",
+    "TorchDispatchMode",
     "TorchFunctionMode",
     "UnsupportedOperatorException",
+    "autocast_call",
+    "autocast_excluded",
     "autocast_kernel",
     "decomposes",
     "enable_python_dispatcher",
     "force_eager",
+    "has_grad_hooks",
     "no_modes",
     "pytree",
     "storage_key",
@@ -80,14 +84,24 @@ def decomposes(op: Any) -> bool:
 
 def autocast_kernel(op: Any, device: str) -> bool:
     """Whether autocast treats this op in a way of its own. Public: none."""
-    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}.get(device)
-    if key is None:
-        return False
-    name, dispatch_key = op.name(), getattr(torch._C.DispatchKey, key)
+    name, dispatch_key = op.name(), getattr(torch._C.DispatchKey, _AUTOCAST[device])
     return bool(
         torch._C._dispatch_has_kernel_for_dispatch_key(name, dispatch_key)
         and not torch._C._dispatch_kernel_for_dispatch_key_is_fallthrough(name, dispatch_key)
     )
+
+
+_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def autocast_call(op: Any, device: str, args: Any, kwargs: Any) -> Any:
+    """The op as autocast runs it: casts, then the op again with autocast out of the way. Public: none."""
+    return op._op_dk(getattr(torch._C.DispatchKey, _AUTOCAST[device]), *args, **kwargs)
+
+
+def autocast_excluded(device: str) -> bool:
+    """Whether we are inside an op that autocast has already treated. Public: none."""
+    return bool(torch._C._dispatch_tls_is_dispatch_key_excluded(getattr(torch._C.DispatchKey, _AUTOCAST[device])))
 
 
 @contextmanager
@@ -127,3 +141,8 @@ def without_pre_dispatch() -> Iterator[None]:
         yield
     finally:
         torch._ops._set_mode_pre_dispatch(mode)
+
+
+def has_grad_hooks(parameter: torch.Tensor) -> bool:
+    """Whether hooks wait for the parameter's gradient. Public: registering them only, not asking for them."""
+    return bool(getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None))

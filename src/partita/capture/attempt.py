@@ -15,12 +15,14 @@ from torch import nn
 
 from partita.capture.captured import Captured
 from partita.capture.guards import make_guards
-from partita.capture.generalise import Disagree, Line, build, join, live
+from partita.capture.generalise import Disagree, Line, build, extrapolates, join, live, own_constants
 from partita.capture.randomness import separate
 from partita.capture.state import ModuleState, same_random_numbers
 from partita.capture.structure import Structure, put_together, take_apart
+from partita.capture.frames import line_of, line_of_forward
+from partita.capture.opaque import substituted
 from partita.capture.records import Break, Call, Trace
-from partita.capture.memory import Change, Effect, Tally, memo_of_tensors, step_of
+from partita.capture.memory import Change, Effect, Spoilt, Tally, keep_buffers, memo_of_tensors, step_of
 from partita.capture.shadow import Shadow
 from partita.capture.tracer import Draws, Tracer
 from partita.errors import CaptureError
@@ -89,7 +91,27 @@ class _Capture:
                             f"{found}: the model reads values, and a model or inputs without data (device 'meta') have none. "
                             "Give real example inputs and parameters, or take the read out of forward."
                         ) from None
+                    if found.__cause__ is not None and (problem := self.fails_for_real()):
+                        raise CaptureError(
+                            f"{type(self.model).__name__} cannot run on the example inputs: {problem}. "
+                            "Check that model(*args, **kwargs) works before dividing it."
+                        ) from found.__cause__
                     return reason
+
+    def fails_for_real(self) -> str:
+        """What goes wrong when the model runs as it is on the example inputs; '' if nothing does."""
+        state = ModuleState(self.model)
+        own = list(self.tensors.values())
+        copies = [t.detach().clone().requires_grad_(t.requires_grad) for t in own]
+        args, kwargs = put_together(self.structure, [t.detach().clone().requires_grad_(t.requires_grad) for t in self.leaves])
+        try:
+            with substituted(self.model, own, copies):
+                self.forward(*args, **kwargs)
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).strip()} at {line_of(error)}"
+        finally:
+            state.restore()
+        return ""
 
     def graph(self, trace: Trace, calls: list[Call], shapes: dict[str, Any], batch: int) -> Any:
         return build(type(self.model).__name__, trace, calls, shapes, batch=batch, ties=self.ties,
@@ -138,30 +160,46 @@ class _Capture:
         for read in trace.reads:
             for name in written.intersection(read.buffers):
                 raise Break(f"{read.what} reads the buffer {name}, which forward changes,", read.module, read.source)
-        return trace, separate(trace)
+        return trace, own_constants(trace, separate(trace))
 
     def run(self, leaves: list[torch.Tensor], *, watch: bool = False, instead: Mapping[int, Any] | None = None) -> Tracer:
-        """Trace once and leave the model as it is afterwards, its parameters replaced by fakes."""
+        """As ``recorded``; an error of the user's code becomes a Break in the module it came from."""
         tracer = Tracer(self.model, pieces=self.pieces.paths, guards=self.guards, watch=watch)
+        try:
+            self.recorded(tracer, leaves, instead)
+        except Exception as error:
+            if tracer.broken is not None:
+                raise tracer.broken from error
+            text = f"{type(error).__name__}: {str(error).strip() or 'without a message'}"
+            raise Break(f"forward fails ({text})", tracer.failed_in or "", line_of(error)) from error
+        return tracer
+
+    def recorded(self, tracer: Tracer, leaves: list[torch.Tensor], instead: Mapping[int, Any] | None) -> None:
+        """Trace once and leave the model as it is afterwards, its parameters replaced by fakes."""
         inputs, fakes = self.enter(tracer, leaves)
         args, kwargs = put_together(self.structure, inputs)
         swap(self.model, {**fakes, **{old: fakes[real] for old, real in (instead or {}).items()}})
+        tracer.buffer_at = {
+            (path, key): t for path, m in self.model.named_modules() for key, t in m._buffers.items() if t is not None
+        }
         out = tracer.run(self.forward, args, kwargs)
+        keep_buffers(tracer, self.model)
         tensors, tracer.trace.structure = take_apart(out)
         for tensor in tensors:
             tracer.trace.outputs.append(tracer.name_of(tracer.stand_in(tensor)))
-        return tracer
 
     def excuse(self, tracer: Tracer, leaves: list[torch.Tensor], state: ModuleState, changes: list[Change]) -> None:
         """Forward changed Python state. Fine if it stays out of the graph: a memo, or a counter nobody reads.
 
         Told by running again from the changed state: the same ops, and no further change. Raises Break otherwise.
         """
-        again = []
+        again: list[Change] = []
+        spoilt: list[Change] = []
         for path, attribute in changes:
             kind = memo_of_tensors(tracer, state.modules[path], attribute)
-            if kind == "state":
-                raise tracer.stop(f"forward keeps a tensor that follows from its inputs in {attribute!r}", path)
+            if kind == "state":  # fine where forward makes it anew before it looks: spoilt for the second run
+                spoilt.append((path, attribute))
+                vars(state.modules[path])[attribute] = Spoilt()
             if kind == "memo":  # made of nothing but shapes: made anew by each run
                 state.put_back(path, attribute)
                 again.append((path, attribute))
@@ -169,13 +207,17 @@ class _Capture:
         between = ModuleState(self.model)
         known = {id(t) for t in self.tensors.values()}
         originals = {id(fake): id(real) for real, fake in tracer.entered if id(real) in known}
-        second = self.run(leaves, instead=originals)
-        more = [c for c in between.changes() if c not in again]
+        try:
+            second = self.run(leaves, instead=originals)
+        except (Break, Exception):
+            path, attribute = (spoilt or changes)[0]
+            raise self.keeps(path, f"keeps the attribute {attribute!r} from call to call") from None
+        more = [c for c in between.changes() if c not in again and c not in spoilt]
         counters = {}
         for change in more:
             step = step_of(state.value(*change), first.get(change), vars(state.modules[change[0]]).get(change[1]))
             if step is None:
-                raise tracer.stop(f"forward changes the attribute {change[1]!r}", change[0])
+                raise self.keeps(change[0], f"changes the attribute {change[1]!r}")
             counters[change] = step
         self.compare(tracer, second, changes[0])
         if counters:
@@ -190,13 +232,16 @@ class _Capture:
         for (path, attribute), step in steps.items():
             tally = vars(state.modules[path]).get(attribute)
             if not isinstance(tally, Tally) or tally.total != step:
-                raise tracer.stop(f"forward changes the attribute {attribute!r}", path)
+                raise self.keeps(path, f"changes the attribute {attribute!r}")
         self.compare(tracer, third, next(iter(steps)))
         self.effects = tuple(Effect(state.modules[p], a, step) for (p, a), step in steps.items())
 
+    def keeps(self, path: str, what: str) -> Break:
+        return Break(f"forward {what}", path, line_of_forward(self.model.get_submodule(path)))
+
     def compare(self, tracer: Tracer, other: Tracer, change: Change) -> None:
         if tracer.trace.calls != other.trace.calls or tracer.trace.outputs != other.trace.outputs:
-            raise tracer.stop(f"forward changes the attribute {change[1]!r} and acts on it", change[0])
+            raise self.keeps(change[0], f"changes the attribute {change[1]!r} and acts on it")
 
     def generalised(self, trace: Trace, calls: list[Call]) -> tuple[list[Call], dict[str, Any], int]:
         """The calls and shapes with Sizes, and the batch; 0 where the sizes do not follow one."""
@@ -205,18 +250,28 @@ class _Capture:
             self.notes.append("no microbatches: the inputs share no dim 0")
             return calls, {}, 0
         reasons = []
-        for other in (2 * self.batch + 1, 2 * self.batch):
+        sizes = ((2, 5),) if self.batch == 1 else ((self.batch, 2 * self.batch + 1), (self.batch, 2 * self.batch))
+        for small, large in sizes:
             try:
-                second, second_calls = self.traced(resize(self.leaves, self.batch, other))
-                second_calls = live(second_calls, second.outputs)
-                joined, shapes = join(trace, calls, second, second_calls, Line(self.batch, other))
-                return joined, shapes, self.batch
+                found = self.joined(trace, calls, small, large)
+                return *found, self.batch
             except (Disagree, Break) as error:
                 reasons.append(str(error))
-            except Exception as error:  # the user's own code refuses this batch size
-                reasons.append(f"{type(error).__name__}: {error}")
         self.notes.append(f"no microbatches: {reasons[0]}")
         return calls, {}, 0
+
+    def joined(self, trace: Trace, calls: list[Call], small: int, large: int) -> tuple[list[Call], dict[str, Any]]:
+        """The calls and shapes with Sizes, which give this trace at its own batch. Raises Disagree, Break."""
+        second = self.live_at(large)
+        if small == self.batch:
+            return join(trace, calls, *second, Line(small, large))
+        joined, shapes = join(*self.live_at(small), *second, Line(small, large))
+        extrapolates(joined, shapes, trace, calls, self.batch)  # one sample broadcasts: more must not differ
+        return joined, shapes
+
+    def live_at(self, batch: int) -> tuple[Trace, list[Call]]:
+        trace, calls = self.traced(resize(self.leaves, self.batch, batch))
+        return trace, live(calls, trace.outputs)
 
 
 class Pieces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import sys
 from functools import lru_cache
@@ -36,3 +37,19 @@ def user_line() -> str:
             return _line(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+def line_of(error: BaseException) -> str:
+    """The innermost user's line an error passed through."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        if not _foreign(trace.tb_frame.f_code.co_filename):
+            found = _line(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+        trace = trace.tb_next
+    return found or "an unknown line"
+
+
+def line_of_forward(module: torch.nn.Module) -> str:
+    """Where the module's forward begins."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return _line(code.co_filename, code.co_firstlineno) if code is not None else type(module).__name__

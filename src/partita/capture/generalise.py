@@ -28,6 +28,8 @@ class Line:
         slope, rest = divmod(y - x, self.b - self.a)
         if rest:
             raise Disagree(f"{what} is {x} at batch {self.a} and {y} at batch {self.b}: not a straight line")
+        if x < slope * self.a:  # x * x would look so
+            raise Disagree(f"{what} is {x} at batch {self.a} and {y} at batch {self.b}: not a straight line from zero up")
         return Size(x - slope * self.a, slope)
 
     def arg(self, x: Arg, y: Arg, what: str) -> Arg:
@@ -94,6 +96,39 @@ def join(a: Trace, calls_a: list[Call], b: Trace, calls_b: list[Call], line: Lin
                 raise Disagree(f"{name} exists at batch {line.a} only")
             shapes[name] = line.shape(a.values[name].shape, b.values[name].shape, name)
     return calls, shapes
+
+
+def extrapolates(calls: list[Call], shapes: dict[str, Any], trace: Trace, at: list[Call], batch: int) -> None:
+    """Raise Disagree unless the calls with Sizes, at this batch, are those of this trace."""
+    if len(calls) != len(at):
+        raise Disagree(f"{len(at)} ops at batch {batch}, {len(calls)} at larger batches")
+    for call, found in zip(calls, at, strict=True):
+        args, kwargs = tuple(_at(a, batch) for a in call.args), tuple((k, _at(v, batch)) for k, v in call.kwargs)
+        if replace(call, args=args, kwargs=kwargs) != found:
+            raise Disagree(f"{found.name} ({found.source}) at batch {batch} is not what larger batches make of it")
+    for name, shape in shapes.items():
+        if name not in trace.values or tuple(_at(d, batch) for d in shape) != trace.values[name].shape:
+            raise Disagree(f"{name} at batch {batch} has not the shape that follows from larger batches")
+
+
+def _at(arg: Any, batch: int) -> Any:
+    if isinstance(arg, tuple):
+        return tuple(_at(a, batch) for a in arg)
+    return arg.at(batch) if isinstance(arg, Size) else arg
+
+
+def own_constants(trace: Trace, calls: list[Call]) -> list[Call]:
+    """Constants made anew by each run, where they are changed or returned: copied first."""
+    exposed = {base for call in calls for base in call.writes}
+    exposed.update(trace.values[n].base for n in trace.outputs)
+    copies = []
+    for name in sorted(exposed & trace.fresh):
+        value, data = trace.values[name], f"{name}.data"
+        trace.values[data] = replace(value, name=data, base=data)
+        trace.values[name] = replace(value, role="op")
+        trace.constants[data] = trace.constants.pop(name)
+        copies.append(Call(f"{name}.clone", "aten.clone.default", (Ref(data),), (), (name,), "", "", False))
+    return [*copies, *calls]
 
 
 def build(

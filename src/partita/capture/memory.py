@@ -59,6 +59,41 @@ class Tally:
     __str__ = __repr__ = __format__ = __abs__ = __rfloordiv__ = __rmod__ = __rpow__ = __divmod__ = __round__ = _use
 
 
+class Kept(AttributeError, TypeError):
+    """A value kept from the last call was looked at."""
+
+
+class Spoilt:
+    """Stands in for a tensor kept from the last call: whoever looks at it fails."""
+
+    __slots__ = ()
+
+    def _use(self, *args: Any) -> Any:
+        raise Kept("a value kept from the last call is used")
+
+    __getattr__ = __bool__ = __len__ = __iter__ = __getitem__ = __eq__ = __hash__ = _use
+    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = __matmul__ = _use
+
+
+def keep_buffers(tracer: Tracer, model: nn.Module) -> None:
+    """Buffers that forward bound anew (``self.mean = 0.9 * self.mean + ...``): recorded as a copy into the buffer."""
+    for path, module in model.named_modules():
+        for key, now in list(module._buffers.items()):
+            if now is None or id(now) in tracer.originals:
+                continue
+            old = tracer.buffer_at.get((path, key))
+            if old is None or not isinstance(now, tc.FakeTensor) or now.requires_grad:
+                raise tracer.stop(f"forward puts another tensor in the buffer {key!r}", path)
+            if now.shape != old.shape or now.dtype != old.dtype:
+                raise tracer.stop(f"forward changes the shape or type of the buffer {key!r}", path)
+            with torch.no_grad(), tc.enable_python_dispatcher(), tracer.fake, tracer:
+                old.copy_(now)
+            module._buffers[key] = old
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in tracer.originals:
+                raise tracer.stop(f"forward replaces the parameter {key!r}", path)
+
+
 def step_of(before: Any, between: Any, after: Any) -> Any:
     """The step of a number that moves evenly; None if it does not, or is no number."""
     if type(before) is not type(between) or type(between) is not type(after) or type(before) not in (int, float):

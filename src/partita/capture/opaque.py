@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +19,6 @@ _PLAIN = (type(None), bool, int, float, str)
 _swapping = threading.RLock()
 
 
-class Answer(Exception):
-    """The user's code answered with another structure than the captured one."""
-
-
 @dataclass(eq=False)
 class Opaque:
     """``f(*tensors, reads=[...]) -> tuple of tensors``. ``shapes``: what the answer must look like, once known."""
@@ -32,16 +28,27 @@ class Opaque:
     arguments: Structure
     result: Structure | None = None
     shapes: tuple[tuple[Dim, ...], ...] = ()
+    autocast: dict[str, tuple[bool, torch.dtype]] = field(default_factory=lambda: autocast_state())
 
     def call(self, args: Any, kwargs: Any, reads: Sequence[torch.Tensor]) -> Any:
         raise NotImplementedError
 
     def __call__(self, *tensors: torch.Tensor, reads: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         args, kwargs = put_together(self.arguments, list(tensors))
-        found, structure = take_apart(self.call(args, kwargs, reads))
+        with self.casting():
+            found, structure = take_apart(self.call(args, kwargs, reads))
         if self.result is not None:
             self.compare(found, structure)
         return tuple(found)
+
+    @contextmanager
+    def casting(self) -> Iterator[None]:
+        """Autocast as it was where the piece stood."""
+        with ExitStack() as stack:
+            for device, (on, dtype) in self.autocast.items():
+                if torch.is_autocast_enabled(device) != on:
+                    stack.enter_context(torch.autocast(device, enabled=on, dtype=dtype))
+            yield
 
     def compare(self, found: list[torch.Tensor], structure: Structure) -> None:
         """Raise ExecutionError where the answer differs in more than values from the captured one."""
@@ -91,6 +98,11 @@ class OpaqueFunction(Opaque):
 
     def call(self, args: Any, kwargs: Any, reads: Sequence[torch.Tensor]) -> Any:
         return self.function.apply(*args, **kwargs)
+
+
+def autocast_state() -> dict[str, tuple[bool, torch.dtype]]:
+    """For each device type, whether autocast is on, and to which type."""
+    return {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")}
 
 
 @contextmanager

@@ -64,6 +64,15 @@ _SHAPE_FROM_INTEGERS = {
     "aten.rnn_relu", "aten.repeat_interleave", "aten.tensor_split",
 }  # fmt: skip
 
+# Composite ops that hold nothing autocast would treat, and are better kept whole.
+_AUTOCAST_NEUTRAL = {
+    "aten.dropout", "aten.dropout_", "aten.feature_dropout", "aten.feature_dropout_", "aten.alpha_dropout", "aten.to",
+    "aten.reshape", "aten.contiguous", "aten.flatten", "aten.chunk", "aten.split", "aten.type_as", "aten.expand_as",
+    "aten.view_as", "aten.movedim", "aten.swapaxes", "aten.unflatten", "aten.tensor_split", "aten.narrow", "aten.float",
+    "aten.item", "aten.is_nonzero", "aten.embedding_bag", "aten.numpy_T", "aten.mT", "aten.matrix_H", "aten.square",
+    "aten.size", "aten.stack", "aten.pad", "aten.max_pool2d", "aten.adaptive_avg_pool2d", "aten.selu", "aten.relu6",
+}  # fmt: skip
+
 # Ops whose result's shape follows the number of trues in their masks.
 _SHAPE_FROM_MASKS = {"aten.index", "aten.masked_select", "aten.index_put", "aten.index_put_"}
 
@@ -110,6 +119,8 @@ class Tracer(tc.PreDispatchMode):
         self.broken: Break | None = None
         self.inside = 0
         self.drawn: Any = None
+        self.failed_in = ""
+        self.buffer_at: dict[tuple[str, str], torch.Tensor] = {}  # (module path, name) -> the fake put there
         self.wants_gradient: set[int] = set()  # ids of inner tensors that forward told to require a gradient
 
     # ---- names ----------------------------------------------------------------------------------------------------
@@ -143,6 +154,9 @@ class Tracer(tc.PreDispatchMode):
             name = self.places.get(_place(tensor))
             if name is not None and self.trace.values[name].needs_grad:
                 name = None
+            elif name is not None:
+                self.names[id(tensor)] = name
+                self.alive.append(tensor)
         if name is None:
             raise self.stop(f"a tensor of shape {tuple(tensor.shape)} whose origin was not seen is used")
         return name
@@ -196,6 +210,9 @@ class Tracer(tc.PreDispatchMode):
         try:
             yield self.stack[-1]
             self.look_for_draws()
+        except Exception:
+            self.failed_in = self.failed_in or path
+            raise
         finally:
             self.stack.pop()
 
@@ -220,11 +237,20 @@ class Tracer(tc.PreDispatchMode):
             return func(*args, **kwargs)
         if short == "aten.lift_fresh" and not isinstance(args[0], tc.FakeTensor):
             return self.constant(args[0])
+        if short == "aten.detach_" and not args[0].requires_grad:  # torch.tensor ends with one
+            return func(*args, **kwargs)
         if short == "aten.scaled_dot_product_attention":
             bound = _bind(func, args, kwargs)
             if bound["dropout_p"] > 0:
                 with self:
                     return randomness.sdpa_with_dropout(**bound)
+        device = autocasting()
+        if device and tc.autocast_kernel(func, device):
+            with self:
+                return tc.autocast_call(func, device, args, kwargs)
+        if device and tc.decomposes(func) and short not in _AUTOCAST_NEUTRAL:
+            with self:
+                return func.decompose(*args, **kwargs)
         given = args
         args = self.stand_in(args)
         kwargs = {k: self.stand_in(v) for k, v in kwargs.items()}
@@ -432,7 +458,11 @@ class Tracer(tc.PreDispatchMode):
             stack.enter_context(self)
             if self.watch:
                 stack.enter_context(watching_methods(self))
-            out = forward(*args, **kwargs)
+            torch.clear_autocast_cache()  # casts of real tensors
+            try:
+                out = forward(*args, **kwargs)
+            finally:
+                torch.clear_autocast_cache()  # casts of fake tensors
             self.look_for_draws()
         if self.broken is not None:
             raise self.broken
@@ -464,6 +494,14 @@ def watching_methods(tracer: Tracer) -> Iterator[None]:
 
 class Draws(BaseException):
     """Python's or NumPy's generator was drawn from outside any opaque piece."""
+
+
+def autocasting() -> str:
+    """The device type for which autocast is on here; '' where it is off or already at work."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device) and not tc.autocast_excluded(device):
+            return device
+    return ""
 
 
 def _bind(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:

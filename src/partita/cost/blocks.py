@@ -16,6 +16,8 @@ from partita.graph import Arg, Graph, Op, Ref
 
 MAX_BLOCKS = 320
 EXACT_OPS = 200
+UNIT_LIMITS = (12, 24, 48, 96, 192, 320)
+LARGEST_UNIT = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,17 @@ def blocks(
     return tuple(_block(graph, a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b)
 
 
+def profile_units(graph: Graph) -> tuple[Block, ...]:
+    """What is measured as one: whole modules, as large as leaves no more than a sixth of the work in one of them."""
+    weights = [_weight(graph, op) for op in graph.ops]
+    found: tuple[Block, ...] = ()
+    for limit in UNIT_LIMITS:
+        found = blocks(graph, limit=limit, exact=0, chunks=False)
+        if max((sum(weights[b.start : b.stop]) for b in found), default=0.0) * LARGEST_UNIT <= sum(weights):
+            break
+    return found
+
+
 def _block(graph: Graph, start: int, stop: int) -> Block:
     ops = graph.ops[start:stop]
     names = [op.module for op in ops if op.module] or [""]
@@ -170,9 +183,7 @@ def _by_module(graph: Graph, limit: int, chunks: bool) -> set[int]:
     return {g[0] for g in done}
 
 
-def _chunks(
-    weights: Sequence[float], parts: Sequence[tuple[int, int, int]], pieces: int
-) -> list[tuple[int, int, int]]:
+def _chunks(weights: Sequence[float], parts: Sequence[tuple[int, int, int]], pieces: int) -> list[tuple[int, int, int]]:
     """Neighbouring parts joined to at most ``pieces`` of near-equal weight; none where fewer than 2 are wanted."""
     if pieces < 2:
         return []

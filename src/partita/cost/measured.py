@@ -18,12 +18,14 @@ class Timing:
     """Of one block for a microbatch: seconds of forward, backward to the inputs, weight gradients; saved bytes.
 
     ``saved``: bytes autograd keeps from forward to backward, parameters not counted; None where not measured.
+    ``first``: seconds more that the first microbatch of a step takes (memory for the gradients is new to the process).
     """
 
     forward: Affine
     backward: Affine = Affine()
     weight: Affine = Affine()
     saved: Affine | None = None
+    first: Affine = Affine()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Measured:
                 "kind": kind,
                 **{
                     name: [value.fixed, value.per_sample]
-                    for name in ("forward", "backward", "weight", "saved")
+                    for name in ("forward", "backward", "weight", "saved", "first")
                     if (value := getattr(timing, name)) is not None
                 },
             }
@@ -60,12 +62,15 @@ class Measured:
         try:
             data = json.loads(text)
             if data["partita_measured"] != VERSION:
-                raise UsageError(f"measured timings of version {data['partita_measured']}; this partita reads {VERSION}")
+                raise UsageError(
+                    f"measured timings of version {data['partita_measured']}; this partita reads {VERSION}"
+                )
             found = {}
             for row in data["timings"]:
                 parts = {name: Affine(*map(float, row[name])) for name in ("forward", "backward", "weight")}
                 saved = Affine(*map(float, row["saved"])) if "saved" in row else None
-                found[str(row["signature"]), str(row["kind"])] = Timing(**parts, saved=saved)
+                first = Affine(*map(float, row.get("first", (0.0, 0.0))))
+                found[str(row["signature"]), str(row["kind"])] = Timing(**parts, saved=saved, first=first)
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"not a table of measured timings ({error}); measure again to replace it") from error
         return Measured(found)

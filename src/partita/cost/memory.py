@@ -37,7 +37,9 @@ def static_bytes(parameters: float, trained: float, *, optimizer: str, train: bo
     return parameters + gradients + (optimizer_factor(optimizer) * trained if train else 0.0)
 
 
-def in_flight(schedule: str, *, microbatches: int, replicas: int, devices_after: int, devices: int, joined: bool) -> int:
+def in_flight(
+    schedule: str, *, microbatches: int, replicas: int, devices_after: int, devices: int, joined: bool
+) -> int:
     """Microbatches one device of a stage holds at the peak. ``microbatches``: of that device; ``devices_after``: used
     by this stage and all later ones; ``devices``: by all stages. Exact for gpipe and 1f1b with one stage a device.
     """

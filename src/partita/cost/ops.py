@@ -19,7 +19,8 @@ from partita.graph import Graph, Op, at
 _FAMILIES = {
     "matmul": "linear mm addmm bmm baddbmm matmul einsum addmv mv dot",
     "conv": "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d _convolution",
-    "attention": "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu multi_head_attention_forward",
+    "attention": "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
+    "multi_head_attention_forward",
     "view": "view reshape _unsafe_view transpose t permute expand squeeze unsqueeze select slice narrow split "
     "split_with_sizes chunk unbind alias detach flatten unflatten view_as expand_as swapaxes movedim diagonal "
     "as_strided unfold numpy_T contiguous lift_fresh size getitem broadcast_to real imag view_as_real view_as_complex",

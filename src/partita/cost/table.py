@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from partita.cluster import Cluster, Device
 from partita.cost.affine import Affine, through
-from partita.cost.blocks import Block, blocks
+from partita.cost.blocks import Block, profile_units
 from partita.cost.measured import Measured
 from partita.cost.ops import op_cost, saved_tensors
 from partita.graph import Graph
@@ -27,7 +27,8 @@ Array = NDArray[np.float64]
 class SegmentCost:
     """Of a set of ops on one kind of device. Seconds and bytes for a microbatch; ``saved``: kept from F to B.
 
-    ``parameters``: (name, bytes, trains) of each parameter and buffer it takes. ``transient``: alive only while it runs.
+    ``parameters``: (name, bytes, trains) of each parameter and buffer it takes. ``transient``: alive while it runs.
+    ``first``: seconds more that the first microbatch of a step takes.
     """
 
     forward: Affine
@@ -36,6 +37,7 @@ class SegmentCost:
     saved: Affine = Affine()
     transient: Affine = Affine()
     parameters: tuple[tuple[str, int, bool], ...] = ()
+    first: Affine = Affine()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +50,7 @@ class CostTable:
     backward: Mapping[str, Array]
     weight: Mapping[str, Array]
     saved: Array
+    first: Mapping[str, Array]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -61,14 +64,15 @@ def cost_table(
     measured: Measured | None = None,
     units: Sequence[Block] | None = None,
 ) -> CostTable:
-    """Prices for each kind of device in the cluster. ``units``: the blocks that were measured (``blocks(graph)``)."""
-    parts = tuple(units) if units is not None else blocks(graph)
+    """Prices for each kind of device in the cluster. ``units``: what was measured as one (None: ``profile_units``)."""
+    parts = tuple(units) if units is not None else profile_units(graph) if measured is not None else ()
     devices: dict[str, Device] = {}
     for device in cluster.devices:
         devices.setdefault(device.kind, device)
     forward: dict[str, Array] = {}
     backward: dict[str, Array] = {}
     weight: dict[str, Array] = {}
+    first: dict[str, Array] = {}
     saved = _saved(graph)
     batch = max(graph.batch, 1)
     for kind, device in devices.items():
@@ -77,17 +81,19 @@ def cost_table(
             np.array([(getattr(r, part).fixed, getattr(r, part).per_sample) for r in rows]).reshape(-1, 2)
             for part in ("forward", "backward", "weight")
         )
+        extra = np.zeros_like(f)
         for block in parts if measured is not None else ():
             timing = measured.get(block.signature, kind) if measured is not None else None
             if timing is None:
                 continue
             where = slice(block.start, block.stop)
-            for array, value in ((f, timing.forward), (b, timing.backward), (w, timing.weight)):
+            extra[where] = w[where] + b[where]
+            for array, value in ((f, timing.forward), (b, timing.backward), (w, timing.weight), (extra, timing.first)):
                 _share(array[where], value, batch)
             if timing.saved is not None:
                 _share(saved[where], timing.saved, batch)
-        forward[kind], backward[kind], weight[kind] = f, b, w
-    return CostTable(graph, parts, forward, backward, weight, saved)
+        forward[kind], backward[kind], weight[kind], first[kind] = f, b, w, extra
+    return CostTable(graph, parts, forward, backward, weight, saved, first)
 
 
 def _share(rows: Array, value: Affine, batch: int) -> None:
@@ -132,7 +138,11 @@ def parameters_of(graph: Graph, ops: Iterable[int]) -> tuple[tuple[str, int, boo
             base = graph.tensor(name).base or name
             tensor = graph.tensor(base)
             if tensor.role in ("parameter", "buffer", "constant"):
-                found[base] = (base, tensor.nbytes(max(graph.batch, 1)), tensor.role == "parameter" and tensor.needs_grad)
+                found[base] = (
+                    base,
+                    tensor.nbytes(max(graph.batch, 1)),
+                    tensor.role == "parameter" and tensor.needs_grad,
+                )
     return tuple(found.values())
 
 
@@ -168,7 +178,8 @@ def segment_cost(
         key=lambda a: a.at(max(graph.batch, 1)),
         default=Affine(),
     )
-    return SegmentCost(forward, backward, weight, saved, peak + largest, parameters_of(graph, ops))
+    first = _sum(table.first[kind][index])
+    return SegmentCost(forward, backward, weight, saved, peak + largest, parameters_of(graph, ops), first)
 
 
 def _sum(rows: Array) -> Affine:

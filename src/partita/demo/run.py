@@ -9,17 +9,17 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from time import perf_counter, sleep
+from time import perf_counter
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
-from torch.nn import functional as F
 
 import partita
 from partita.demo import data, models
+from partita.demo.proof import curve, loss_fn, step_gradients_off, train_both
 from partita.errors import PartitaError
 from partita.runtime.memory import measure_memory
 from partita.units import format_bytes, format_seconds
@@ -57,11 +57,6 @@ class Outcome:
     failures: tuple[str, ...]
 
 
-def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over every predicted place."""
-    return F.cross_entropy(output.flatten(0, -2), target.flatten())
-
-
 def _text() -> tuple[nn.Module, Iterator[data.Batch]]:
     text = data.library_text()
     return models.CharGPT(len(set(text))), data.text_batches(text, batch=16, context=64)
@@ -80,78 +75,6 @@ WORKLOADS = (
     Workload("digits", "a vision transformer on scikit-learn's handwritten digits", _digits),
     Workload("speech", "a wav2vec-style tone reader on generated audio", _speech),
 )
-
-
-def train_both(
-    plain: nn.Module,
-    parallel: partita.ParallelModule,
-    updates: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
-    batches: Iterator[data.Batch],
-    steps: int,
-    progress: Progress,
-) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """The same training twice, step by step in turn: (plain, parallel) losses and seconds of forward and backward."""
-    losses, seconds = [], []
-    task = progress.add_task(f"training both for {steps} steps", total=steps)
-    for step in range(steps):
-        x, target = next(batches)
-
-        def ordinary(x: torch.Tensor = x, target: torch.Tensor = target) -> torch.Tensor:
-            loss = loss_fn(plain(x), target)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss.detach()
-
-        def divided(x: torch.Tensor = x, target: torch.Tensor = target) -> torch.Tensor:
-            return parallel.train_step(x, target)
-
-        both: list[tuple[float, float]] = [(0.0, 0.0)] * 2
-        for which in ((0, 1), (1, 0))[step % 2]:
-            updates[which].zero_grad(set_to_none=True)
-            torch.manual_seed(step)  # both draw the same dropout
-            sleep(0.01)  # threads of the one before come to rest
-            start = perf_counter()
-            loss = (ordinary, divided)[which]()
-            both[which] = (float(loss), perf_counter() - start)
-            updates[which].step()
-        losses.append((both[0][0], both[1][0]))
-        seconds.append((both[0][1], both[1][1]))
-        progress.update(task, advance=1, description=f"training both, loss {both[1][0]:.3f}")
-    progress.remove_task(task)
-    return losses, seconds
-
-
-def step_gradients_off(
-    plain: nn.Module, parallel: partita.ParallelModule, x: torch.Tensor, target: torch.Tensor
-) -> tuple[float, str, float]:
-    """One ``train_step`` against one ordinary step: (worst gradient difference, its name, difference of the loss)."""
-    for model in (plain, parallel):
-        model.zero_grad(set_to_none=True)
-    torch.manual_seed(0)
-    want = loss_fn(plain(x), target)
-    want.backward()  # type: ignore[no-untyped-call]
-    torch.manual_seed(0)
-    loss = parallel.train_step(x, target)
-    worst, name = 0.0, ""
-    have = dict(parallel.module.named_parameters())
-    for n, p in plain.named_parameters():
-        a, b = p.grad, have[n].grad
-        if a is None or b is None:
-            off = 0.0 if a is b else float("inf")
-        else:
-            off = ((a - b).abs().max() / a.abs().max().clamp_min(1e-8)).item()
-        if not off <= worst:  # also where it is not a number
-            worst, name = off, n
-    for model in (plain, parallel):
-        model.zero_grad(set_to_none=True)
-    return worst, name, abs(loss.item() - want.item()) / abs(want.item())
-
-
-def curve(losses: Sequence[tuple[float, float]]) -> str:
-    """The loss curve in one line of blocks."""
-    values = [b for _, b in losses]
-    low, high = min(values), max(values)
-    blocks = "▁▂▃▄▅▆▇█"
-    return "".join(blocks[round((v - low) / ((high - low) or 1.0) * 7)] for v in values)
 
 
 def show(workload: Workload, console: Console, progress: Progress, *, devices: Sequence[str], steps: int) -> Outcome:
@@ -208,8 +131,8 @@ def show(workload: Workload, console: Console, progress: Progress, *, devices: S
     console.print(figures(parallel.plan, expected, divided, memory))
     console.print(
         f"PyTorch with {torch.get_num_threads()} threads on the same cores: {format_seconds(ordinary)}; "
-        f"divided it takes {format_seconds(divided)}, {ordinary / divided:.2f}x as fast (medians of {len(steady)} steps each, "
-        "taken in turn)\n",
+        f"divided it takes {format_seconds(divided)}, {ordinary / divided:.2f}x as fast "
+        f"(medians of {len(steady)} steps each, taken in turn)\n",
         markup=False, highlight=False,
     )  # fmt: skip
     parallel.close()
@@ -246,11 +169,10 @@ def squeeze(
 
 
 def shape(plan: partita.Plan) -> str:
-    """A plan in a few words."""
+    """A plan in two words."""
     stages = len(plan.stages)
     replicas = max(len(s.devices) for s in plan.stages)
-    what = "1 device" if stages == replicas == 1 else f"{replicas} replicas" if stages == 1 else f"{stages} stages"
-    return f"{what}, {plan.batch.microbatches} microbatch{'es' if plan.batch.microbatches != 1 else ''}"
+    return "1 device" if stages == replicas == 1 else f"{replicas} replicas" if stages == 1 else f"{stages} stages"
 
 
 def figures(plan: partita.Plan, expected: float, measured: float, memory: Mapping[str, int]) -> Table:

@@ -21,16 +21,18 @@ from partita.planners.build import Built, build
 from partita.planners.constraints import Constraints, Resolved, resolve
 from partita.planners.explain import binding_reasons, cut_reasons, other_reasons
 from partita.planners.objective import fits
-from partita.planners.problem import Candidate, Infeasible, Optimal, Outcome, Pool, StageChoice
+from partita.planners.problem import Candidate, Infeasible, Optimal, Outcome, Pool, Problem, StageChoice
 from partita.planners.remedies import remedies
 from partita.planners.stages import stages
 from partita.sharding.batch import BatchLayouts, layouts
 from partita.simulate import simulate
 from partita.units import format_bytes, format_seconds
 
-RANK_SECONDS = 0.5
-RECOMPUTE_UNITS = 64
+RANK_SECONDS = 0.45
+RECOMPUTE_UNITS = (64, 32, 16, 8, 4)
 IDEALS_BLOCKS = 40
+QUICK_OPS = 200
+EXACT_BLOCKS = 120
 SLACK = 0.002
 TIGHT_SLACK = 0.01
 
@@ -59,9 +61,11 @@ def auto(
     batch_norm: str = "exact",
     sync_batch_norm: bool = False,
 ) -> Plan:
-    """The fastest plan that fits, with its reasons. ``objective``: 'train' or 'inference'. ``batch``: samples a step (0:
-    the graph's). ``measured``: timings that replace the analytic model. ``sync_batch_norm``: the runtime can run as many
-    replicas as microbatches with common statistics. Raises InfeasibleError with the nearest remedies, PlanError for
+    """The fastest plan that fits, with its reasons.
+
+    ``objective``: 'train' or 'inference'. ``batch``: samples a step (0: the graph's). ``measured``: timings that
+    replace the analytic model. ``sync_batch_norm``: the runtime can run as many replicas as microbatches with common
+    statistics. Raises InfeasibleError with the nearest remedies, PlanError for
     constraints that contradict each other, UsageError for names that mean nothing.
     """
     return _Planner(
@@ -96,7 +100,10 @@ class _Planner:
         self.train = objective == "train" and any(t.needs_grad for t in graph.of_role("parameter", "input"))
         self.resolved = self._resolve()
         self.table: CostTable = cost_table(graph, cluster, measured=measured)
-        self.sync = sync_batch_norm and bool(batch_layouts.couplings) and _only_batch_norm(graph)
+        self.synced = batch_layouts
+        if sync_batch_norm and batch_layouts.couplings:
+            self.synced = layouts(graph, batch_norm="per_microbatch")
+        self.sync = bool(batch_layouts.couplings) and not self.synced.couplings
         self.notes: list[str] = []
 
     def _resolve(self) -> Resolved:
@@ -107,20 +114,25 @@ class _Planner:
             raise PlanError(
                 "the constraints cannot be met",
                 tuple(
-                    f"split_before {name!r}: an op after it changes in place what an op before it made; split before or "
-                    "after both"
+                    f"split_before {name!r}: an op after it changes in place what an op before it made; split "
+                    "before or after both"
                     for name in inside
                 ),
             )
         return resolved
 
-    def _build(self, cluster: Cluster, *, coarse: bool) -> Built:
+    def _coarse(self, cluster: Cluster) -> Built:
+        """Parts that are modules, as large as serves recomputation best: least kept together with the largest alive."""
+        sizes = RECOMPUTE_UNITS if len(self.graph.ops) <= 600 else RECOMPUTE_UNITS[:1]
+        return min((self._build(cluster, coarse=n) for n in sizes), key=lambda built: _floor(built.problem))
+
+    def _build(self, cluster: Cluster, *, coarse: int = 0) -> Built:
         also = [start for _, start in self.resolved.starts]
         also += [i for _, ops in (*self.resolved.together, *self.resolved.recompute) for i in (min(ops), max(ops) + 1)]
         marks = dict(self.resolved.place)
         also += [i for i in range(1, len(self.graph.ops)) if marks.get(i) != marks.get(i - 1)]
         if coarse:
-            parts = blocks(self.graph, limit=RECOMPUTE_UNITS, exact=0, also=also, chunks=False)
+            parts = blocks(self.graph, limit=coarse, exact=0, also=also, chunks=False)
         else:
             parts = blocks(self.graph, also=also)
         return build(
@@ -132,7 +144,8 @@ class _Planner:
         built, outcome, gap = self.search(self.cluster)
         if isinstance(outcome, Infeasible):
             raise InfeasibleError(self._why_not(built, outcome))
-        listed = [outcome.best, *outcome.others, *self._mixed(built), *self._interleaved(built)]
+        listed = [outcome.best, *self._pipeline(built, outcome.best), *outcome.others]
+        listed += [*self._mixed(built), *self._interleaved(built)]
         ranked = self._rank(built, listed)
         if not ranked:
             raise InfeasibleError(self._why_not(built, Infeasible("every plan found exceeds a device's memory")))
@@ -152,21 +165,21 @@ class _Planner:
 
     def search(self, cluster: Cluster) -> tuple[Built, Outcome, float]:
         """The problem solved, its outcome and how far it may be from the best possible."""
-        fine = self._build(cluster, coarse=False)
+        fine = self._build(cluster)
         anywhere = fine.problem.num_blocks <= IDEALS_BLOCKS
         unlimited = replace(
             fine.problem,
             may_recompute=(),
             pools=tuple(replace(p, memory_bytes=float("inf")) for p in fine.problem.pools),
         )
-        free = stages(unlimited, anywhere=anywhere, slack=SLACK if not anywhere else 0.0)
+        free = stages(unlimited, anywhere=anywhere, slack=SLACK if fine.problem.num_blocks > EXACT_BLOCKS else 0.0)
         if isinstance(free, Infeasible):
             return fine, free, 0.0
         if fits(fine.problem, free.best):
             others = tuple(c for c in free.others if fits(fine.problem, c))
             gap = 0.0 if isinstance(free, Optimal) else free.gap
             return fine, replace(free, others=others), gap
-        coarse = self._build(cluster, coarse=True)
+        coarse = self._coarse(cluster)
         rough = stages(coarse.problem, slack=TIGHT_SLACK)
         near = fine.problem
         in_hand = float("inf")
@@ -187,6 +200,16 @@ class _Planner:
         built, outcome = min(pairs, key=lambda pair: pair[1].best.seconds)
         assert not isinstance(outcome, Infeasible)
         return built, outcome, max(0.0, outcome.best.seconds / free.best.seconds - 1.0)
+
+    def _pipeline(self, built: Built, best: Candidate) -> list[Candidate]:
+        """Where replicas of the whole model win: the best pipeline of single devices, to compare."""
+        problem = built.problem
+        if len(best.stages) > 1 or best.stages[0].replicas < 2 or problem.max_stages == 1:
+            return []
+        counts = tuple(m for m in problem.microbatches if m > 1)[-3:]
+        alone = replace(problem, replicas=False, microbatches=counts, may_recompute=())
+        found = stages(alone, slack=0.02, keep=1)
+        return [] if isinstance(found, Infeasible) or len(found.best.stages) < 2 else [found.best]
 
     def _mixed(self, built: Built) -> list[Candidate]:
         """Whole-model replicas on devices of unequal speed; ``_to_plan`` sizes the microbatches by speed."""
@@ -269,7 +292,9 @@ class _Planner:
         lines = []
         for name in devices:
             kind = self.cluster.device(name).kind
-            rows = self.table.forward[kind] + (self.table.backward[kind] + self.table.weight[kind] if self.train else 0.0)
+            rows = self.table.forward[kind] + (
+                self.table.backward[kind] + self.table.weight[kind] if self.train else 0.0
+            )
             lines.append((float(rows[:, 0].sum()), max(float(rows[:, 1].sum()), 1e-12)))
         sizes = [1] * len(devices)
         for _ in range(self.batch - len(devices)):
@@ -285,7 +310,9 @@ class _Planner:
             if ranked and time.perf_counter() - began > RANK_SECONDS:
                 break
             plan = self._to_plan(built, candidate, named=False)
-            program = lower(self.graph, self.layouts, plan, batch=self.batch or 1, train=self.train)
+            synced = self.sync and len(plan.stages) == 1 and len(plan.stages[0].devices) == plan.batch.microbatches
+            how = self.synced if synced else self.layouts
+            program = lower(self.graph, how, plan, batch=self.batch or 1, train=self.train)
             trace = simulate(program, segment_costs(program, self.table, self.cluster), self.cluster,
                              optimizer=self.optimizer if self.train else "none")  # fmt: skip
             if any(need > limits[device] for device, need in trace.memory):
@@ -303,9 +330,7 @@ class _Planner:
 
     # -- words
 
-    def _reasons(
-        self, built: Built, best: Ranked, others: Sequence[Ranked], one: float, gap: float
-    ) -> tuple[str, ...]:
+    def _reasons(self, built: Built, best: Ranked, others: Sequence[Ranked], one: float, gap: float) -> tuple[str, ...]:
         problem = built.problem
         lines = [
             f"searched {problem.num_blocks} parts of {len(self.graph.ops)} ops on {problem.num_devices} devices, "
@@ -330,8 +355,10 @@ class _Planner:
         if any(c.recompute for c in best.candidate.stages):
             parts = sum(len(c.recompute) for c in best.candidate.stages)
             lines.append(f"{parts} parts are recomputed in backward, because their activations do not fit")
-        if gap > 0:
-            lines.append(f"without memory limits the best found would be {gap:.1%} faster or less")
+        if gap > SLACK:
+            lines.append(f"memory limits cost at most {gap:.1%} of the step time")
+        elif gap > 0:
+            lines.append(f"no plan is more than {gap:.2%} faster in the closed form; the search stopped there")
         lines += other_reasons(problem, best.seconds, [(r.candidate, r.seconds) for r in others])
         return tuple(lines)
 
@@ -344,7 +371,12 @@ class _Planner:
     # -- what remedies ask
 
     def again(
-        self, *, cluster: Cluster | None = None, batch: int = 0, optimizer: str = "", constraints: Constraints | None = None
+        self,
+        *,
+        cluster: Cluster | None = None,
+        batch: int = 0,
+        optimizer: str = "",
+        constraints: Constraints | None = None,
     ) -> _Planner:
         """The same request with something changed."""
         other = object.__new__(_Planner)
@@ -358,15 +390,22 @@ class _Planner:
         return other
 
     def attempt(self) -> Ranked | None:
-        """The best plan as simulated, or None."""
-        built, outcome, _ = self.search(self.cluster)
+        """A plan as simulated, or None; for a large graph the best one of whole modules."""
+        outcome: Outcome
+        if len(self.graph.ops) > QUICK_OPS:
+            built = self._coarse(self.cluster)
+            outcome = stages(built.problem, keep=1, slack=0.02)
+        else:
+            built, outcome, _ = self.search(self.cluster)
         if isinstance(outcome, Infeasible):
             return None
         ranked = self._rank(built, [outcome.best, *outcome.others])
         return ranked[0] if ranked else None
 
 
-def _only_batch_norm(graph: Graph) -> bool:
-    """Whether nothing but batch statistics needs the whole batch."""
-    return not layouts(graph, batch_norm="per_microbatch").couplings
-
+def _floor(problem: Problem) -> float:
+    """Bytes of activations of one microbatch of one sample, were everything recomputed that may be."""
+    saved, kept = problem.single.saved.sum(axis=1), problem.single.kept.sum(axis=1)
+    may = list(problem.may_recompute)
+    largest = float(saved[may].max()) if may else 0.0
+    return float(saved.sum() - (saved - kept)[may].sum()) + largest

@@ -97,7 +97,9 @@ def build(
     )  # fmt: skip
     names = {name for name, _ in resolved.recompute}
     forced = sorted({int(owner[i]) for _, ops in resolved.recompute for i in ops})
-    may = tuple(b for b in range(n) if units[b] and _repeatable(graph, parts[b], phase) and not whole_op[parts[b].start])
+    may = tuple(
+        b for b in range(n) if units[b] and _repeatable(graph, parts[b], phase) and not whole_op[parts[b].start]
+    )
     starts = {block.start: b for b, block in enumerate(parts)}
     link = _worst_link(cluster)
     bandwidth = min((d.memory_bandwidth for d in cluster.devices), default=1e10)
@@ -123,7 +125,7 @@ def build(
         sync=sync,
         latency=link[1],
         seconds_per_byte=link[0],
-        reduce_seconds_per_byte=3.0 / bandwidth,
+        reduce_seconds_per_byte=3.0 / (bandwidth * max(len(cluster.devices), 1)),
         together=tuple(tuple(sorted({int(owner[i]) for i in ops})) for _, ops in resolved.together),
         breaks=tuple(starts[i] for _, i in resolved.starts if i in starts),
         pools_of=tuple((b, tuple(sorted(p))) for b, p in sorted(places.items())),

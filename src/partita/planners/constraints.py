@@ -18,9 +18,9 @@ from partita.schedules import NAMES
 class Constraints:
     """``keep_together``: each entry's modules in one stage (a lone glob: each module it names on its own).
 
-    ``split_before``: a stage begins there. ``place``: (glob, device). ``recompute``: activations dropped and made again.
-    ``max_stages``, ``microbatches``: 0 leaves them open. ``schedule``: empty leaves it open. ``replicas``: False forbids
-    several devices for one stage.
+    ``split_before``: a stage begins there. ``place``: (glob, device). ``recompute``: activations dropped and made
+    again. ``max_stages``, ``microbatches``: 0 leaves them open. ``schedule``: empty leaves it open. ``replicas``: False
+    forbids several devices for one stage.
     """
 
     keep_together: tuple[tuple[str, ...], ...] = ()
@@ -104,7 +104,7 @@ def find(graph: Graph, glob: str) -> dict[str, tuple[int, ...]]:
 
 
 def resolve(graph: Graph, cluster: Cluster, constraints: Constraints) -> Resolved:
-    """The constraints as ops and devices. Raises PlanError with every name that means nothing and every contradiction."""
+    """The constraints as ops and devices. Raises PlanError with every unknown name and contradiction."""
     problems: list[str] = []
 
     def ops_of(glob: str, what: str) -> dict[str, tuple[int, ...]]:
@@ -135,8 +135,8 @@ def resolve(graph: Graph, cluster: Cluster, constraints: Constraints) -> Resolve
             for i in ops:
                 if i in place and place[i][1] != device:
                     problems.append(
-                        f"place: {graph.ops[i].name} is put on {place[i][1]} by {place[i][0]!r} and on {device} by {glob!r}; "
-                        "drop one of the two"
+                        f"place: {graph.ops[i].name} is put on {place[i][1]} by {place[i][0]!r} and on {device} by "
+                        f"{glob!r}; drop one of the two"
                     )
                 place.setdefault(i, (glob, device))
     again = tuple((name, ops) for glob in constraints.recompute for name, ops in ops_of(glob, "recompute").items())
@@ -144,7 +144,8 @@ def resolve(graph: Graph, cluster: Cluster, constraints: Constraints) -> Resolve
         for group, ops in groups:
             if min(ops) < start <= max(ops):
                 problems.append(
-                    f"keep_together {group!r} and split_before {name!r} contradict: {name!r} lies inside; drop one of the two"
+                    f"keep_together {group!r} and split_before {name!r} contradict: {name!r} lies "
+                    "inside; drop one of the two"
                 )
         if start == 0:
             problems.append(f"split_before {name!r}: it is the beginning of the model; there is nothing before it")

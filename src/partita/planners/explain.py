@@ -135,7 +135,9 @@ def binding_reasons(built: Built, candidate: Candidate, optimizer: str) -> tuple
     return tuple(lines)
 
 
-def other_reasons(problem: Problem, best: float, others: Sequence[tuple[Candidate, float]], limit: int = 3) -> tuple[str, ...]:
+def other_reasons(
+    problem: Problem, best: float, others: Sequence[tuple[Candidate, float]], limit: int = 3
+) -> tuple[str, ...]:
     """The next best plans with what they would cost."""
     lines = []
     for candidate, seconds in list(others)[:limit]:

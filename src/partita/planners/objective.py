@@ -47,9 +47,7 @@ def is_joined(problem: Problem, stages: int, replicas: int, microbatches: int) -
     return problem.joined and microbatches > 1 and not (problem.sync and stages == 1 and replicas == microbatches)
 
 
-def stage_time(
-    problem: Problem, choice: StageChoice, microbatches: int, *, synced: bool = False
-) -> StageTime:
+def stage_time(problem: Problem, choice: StageChoice, microbatches: int, *, synced: bool = False) -> StageTime:
     """Seconds of the stage for one microbatch."""
     times, n = problem.times(microbatches, synced=synced), problem.samples(microbatches)
     again = set(choice.recompute) | (set(problem.recompute) & set(choice.blocks)) if problem.train else set()
@@ -138,9 +136,7 @@ def candidate_bytes(problem: Problem, candidate: Candidate) -> tuple[float, ...]
 def fits(problem: Problem, candidate: Candidate) -> bool:
     """Whether every stage stays within its devices' memory."""
     need = candidate_bytes(problem, candidate)
-    return all(
-        bytes_ <= problem.pools[c.pool].memory_bytes for bytes_, c in zip(need, candidate.stages, strict=True)
-    )
+    return all(bytes_ <= problem.pools[c.pool].memory_bytes for bytes_, c in zip(need, candidate.stages, strict=True))
 
 
 def allowed_stage(problem: Problem, blocks: Sequence[int], pool: int) -> bool:

@@ -69,7 +69,7 @@ class Problem:
 
     ``breaks``: a stage begins at these blocks. ``pools_of``: pools a block may use (absent: any). ``recompute``: blocks
     that must be; ``may_recompute``: blocks that can be.
-    ``sync``: a single stage with as many replicas as microbatches runs the whole-batch ops in step, so nothing is joined.
+    ``sync``: a single stage with as many replicas as microbatches runs whole-batch ops in step: nothing is joined.
     """
 
     batch: int

@@ -32,7 +32,12 @@ class Request(Protocol):
     train: bool
 
     def again(
-        self, *, cluster: Cluster | None = None, batch: int = 0, optimizer: str = "", constraints: Constraints | None = None
+        self,
+        *,
+        cluster: Cluster | None = None,
+        batch: int = 0,
+        optimizer: str = "",
+        constraints: Constraints | None = None,
     ) -> Request: ...
 
     def attempt(self) -> Result | None: ...

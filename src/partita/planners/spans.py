@@ -147,8 +147,8 @@ class PoolSpans:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sized:
-    """The spans' numbers at one number of microbatches. ``again_seconds``, ``again_bytes``: (pools, blocks) and (blocks),
-    what recomputing a block costs and saves; 0 bytes where it may not be.
+    """The spans' numbers at one number of microbatches. ``again_seconds``, ``again_bytes``: (pools, blocks) and
+    (blocks), what recomputing a block costs and saves; 0 bytes where it may not be.
     """
 
     pools: tuple[PoolSpans, ...]

@@ -1,10 +1,10 @@
 """Stages: the fastest division into pipeline stages with replicas and recomputation, by dynamic programming.
 
-Over chains of ideals (Tarnawski et al., 2020; contiguous runs where the block graph is a chain or large): value[used, a]
-is the least sum of ``fill`` over stages covering everything after ideal a with the devices ``used``, where no stage's
-``steady`` exceeds a cap. The step time is sum + max, so the cap is searched by branch and bound between the least
-possible maximum and the one of the least sum: exact, since a cap interval is dropped only when its bound
-(sum at its upper end + its lower end) is no better than a plan in hand.
+Over chains of ideals (Tarnawski et al., 2020; contiguous runs where the block graph is a chain or large):
+value[used, a] is the least sum of ``fill`` over stages covering everything after ideal a with the devices ``used``,
+where no stage's ``steady`` exceeds a cap. The step time is sum + max, so the cap is searched by branch and bound
+between the least possible maximum and the one of the least sum: exact, since a cap interval is dropped only when its
+bound (sum at its upper end + its lower end) is no better than a plan in hand.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def stages(
         return Infeasible("no division of the model fits the devices' memory and the constraints")
     winner, others = found[0], tuple(found[1 : 1 + keep])
     gap = max(0.0, winner.seconds / bound - 1.0) if 0 < bound < np.inf else 0.0
-    if exact and slack == 0:
+    if exact and (slack == 0 or gap <= 1e-9):
         return Optimal(winner, others)
     return Feasible(winner, min(gap, slack) if exact else gap, others)
 
@@ -152,9 +152,7 @@ class _Search:
         extra = self._recompute(pool, need, flight, useful, limit)
         bought = short & np.isfinite(extra)
         if not bought.any():
-            return _Move(
-                pool, replicas, np.where(short, np.inf, base.fill), np.where(short, np.inf, base.steady)
-            )
+            return _Move(pool, replicas, np.where(short, np.inf, base.fill), np.where(short, np.inf, base.steady))
         fill, steady = self._seconds(pool, replicas, np.where(bought, extra, 0.0))
         ok = s.allowed[pool] & (~short | bought)
         return _Move(pool, replicas, np.where(ok, fill, np.inf), np.where(ok, steady, np.inf))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,13 +28,17 @@ Resolve = Callable[[Op], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class SegmentCode:
-    """``run(b, B, dev, *uses) -> tuple`` of the segment's outputs; ``op_at`` finds the op of an error."""
+    """``run(b, B, dev, *uses) -> tuple`` of the segment's outputs; ``op_at`` finds the op of an error.
+
+    ``routes``: what workers look up once in a Program that runs this code (``route.route``), by instruction list.
+    """
 
     run: Callable[..., tuple[Any, ...]]
     source: str
     filename: str
     lines: tuple[tuple[int, Op], ...]
     mutated: frozenset[int]
+    routes: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def op_at(self, error: BaseException) -> Op | None:
         """The op whose line raised, if the error passed through this segment's code."""
@@ -133,13 +137,13 @@ class _Writer:
         for tensor, i in last_use.items():
             if tensor not in kept:
                 drops.setdefault(i, []).append(tensor)
-        starts = {start: end for start, end in self.segment.recompute}
+        starts = dict(self.segment.recompute)
         i = 0
         while i < len(ops):
             if i in starts:
-                self.range(ops, i, starts[i], last_use)
+                inner = self.range(ops, i, starts[i])
                 i = starts[i]
-                self.drop(i - 1, drops, "    ")
+                self.drop(i - 1, {i - 1: [t for t in drops.get(i - 1, ()) if t not in inner]}, "    ")
                 continue
             if ops[i].grad:
                 self.call(ops[i], "    ")
@@ -155,8 +159,8 @@ class _Writer:
         self.lines.append(f"    return ({results})")
         return "\n".join(self.lines), self.names
 
-    def range(self, ops: list[Op], start: int, end: int, last_use: Mapping[str, int]) -> None:
-        """Ops [start, end) as an inner function under activation checkpointing."""
+    def range(self, ops: list[Op], start: int, end: int) -> set[str]:
+        """Ops [start, end) as an inner function under activation checkpointing; the tensors that stay inside it."""
         inside = {o for op in ops[start:end] for o in op.outputs if o}
         needed = dict.fromkeys(self.arg(op, Ref(t), "b") for op in ops[start:end] for t in op.uses() if t not in inside)
         after = {t for op in ops[end:] for t in op.uses()} | set(self.segment.outputs)
@@ -175,6 +179,7 @@ class _Writer:
             f"    {results or '_'} = checkpoint(again{start}, {taken}, use_reentrant=False, preserve_rng_state=False)"
         )
         self.lines.append(f"    del again{start}")
+        return inside - set(leaving)
 
 
 def _returns_sequence(function: Callable[..., Any]) -> bool:

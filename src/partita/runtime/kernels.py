@@ -9,9 +9,9 @@ import torch
 
 from partita.capture import Captured, resolve
 from partita.graph import Op
-from partita.program import Segment
+from partita.program import Program, Segment
+from partita.runtime.sync_norm import batch_norm
 from partita.runtime.weight_grad import APART
-from partita.sharding.batch import BatchLayouts
 from partita.sharding.call import Rewrite
 
 
@@ -54,17 +54,18 @@ def rewritten(function: Callable[..., Any], rewrite: Rewrite) -> Callable[..., A
 OWN: dict[str, Callable[..., Any]] = {"partita.dropout_noise": dropout_noise}
 
 
-def resolver(
-    captured: Captured, layouts: BatchLayouts, segment: Segment, *, single: bool
-) -> Callable[[Op], Callable[..., Any]]:
+def resolver(captured: Captured, program: Program, segment: Segment) -> Callable[[Op], Callable[..., Any]]:
     """op -> callable, for one segment."""
+    parts = len(program.sizes) > 1 and segment.phase == "split"
 
     def find(op: Op) -> Callable[..., Any]:
         if op.target in OWN:
             return OWN[op.target]
         if op.target in captured.opaques:
             return captured.opaques[op.target]
-        if not single and segment.phase == "split" and op.target in APART:
+        if parts and program.synchronised and op.target == "aten.batch_norm.default":
+            return batch_norm(op.name)
+        if parts and op.target in APART:
             return APART[op.target]
         return resolve(op.target)
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from partita.capture import Captured, decode_symbol
 from partita.cluster import Cluster
-from partita.lower import lower
+from partita.lower import effective, lower
 from partita.plan import Plan
-from partita.program import Partial, Program, Split
+from partita.program import Instruction, Partial, Program, Split
 from partita.runtime.codegen import SegmentCode, generate
 from partita.runtime.kernels import resolver
+from partita.runtime.sync_norm import Meeting, join
 from partita.runtime.team import Team
 from partita.runtime.transport import Exchange
 from partita.runtime.worker import DeviceState, StepState, Worker
 from partita.sharding.batch import BatchLayouts
+from partita.torch_compat import has_grad_hooks
 from partita.trace import Trace
 
 
@@ -49,10 +51,11 @@ class Local:
                 for part in (("step", "forward", "backward") if grad else ("forward",))
             }
             first = programs["forward"]
+            used, _ = effective(graph, self.layouts, self.plan, batch)
             codes = tuple(
                 generate(
-                    graph, segment, self.layouts, index=i, symbols=decode_symbol,
-                    resolve=resolver(self.captured, self.layouts, segment, single=len(first.sizes) == 1),
+                    graph, segment, used, index=i, symbols=decode_symbol,
+                    resolve=resolver(self.captured, first, segment),
                 )
                 for i, segment in enumerate(first.segments)
             )  # fmt: skip
@@ -94,9 +97,11 @@ class Local:
     def run(self, state: StepState, program: Program) -> None:
         """Every device walks its list of ``program``; returns when all have."""
         exchange = Exchange(program.devices)
+        meeting = Meeting(len(program.sizes), lambda: exchange.stopped) if program.synchronised else None
+        ranks = {place: m for places in program.placement if len(places) > 1 for m, place in enumerate(places)}
         self.team.run(
             {
-                device: _walk(Worker(device, state, exchange), instructions)
+                device: _walk(Worker(device, state, exchange), instructions, meeting, ranks.get(device, 0))
                 for device, instructions in program.instructions
                 if instructions
             },
@@ -159,7 +164,7 @@ class Local:
         return total
 
     def _sum_in_parallel(self, state: StepState, shared: dict[str, list[torch.Tensor]]) -> None:
-        loads = {device: 0 for device in state.devices}
+        loads = dict.fromkeys(state.devices, 0)
         share: dict[str, list[list[torch.Tensor]]] = {device: [] for device in state.devices}
         for grads in sorted(shared.values(), key=lambda g: -g[0].numel()):
             device = min(loads, key=lambda d: loads[d])
@@ -171,17 +176,43 @@ class Local:
         return Trace(tuple(e for d in state.devices.values() for e in d.events))
 
 
+def deliver(parameters: Mapping[str, torch.Tensor], grads: dict[str, torch.Tensor]) -> None:
+    """Add each gradient to its parameter's ``.grad``, without a copy where it can become the ``.grad`` itself.
+
+    A parameter with hooks gets it through autograd, so that they run.
+    """
+    hooked = {name: grads.pop(name) for name in list(grads) if has_grad_hooks(parameters[name])}
+    with torch.no_grad():
+        for name, grad in grads.items():
+            parameter = parameters[name]
+            if parameter.grad is None:
+                parameter.grad = grad
+            else:
+                parameter.grad.add_(grad)
+    if hooked:
+        torch.autograd.backward([parameters[name] for name in hooked], list(hooked.values()))
+
+
 def torch_device(name: str) -> torch.device:
     """``cpu:0`` is a group of cores, all of them torch's one cpu."""
     kind = name.split(":")[0]
     return torch.device("cpu") if kind == "cpu" else torch.device(name)
 
 
-def _walk(worker: Worker, instructions: tuple[object, ...]):  # type: ignore[no-untyped-def]
-    return lambda: worker.walk(instructions)  # type: ignore[arg-type]
+def _walk(
+    worker: Worker, instructions: tuple[Instruction, ...], meeting: Meeting | None, rank: int
+) -> Callable[[], None]:
+    def walk() -> None:
+        join(meeting, rank)
+        try:
+            worker.walk(instructions)
+        finally:
+            join(None, 0)
+
+    return walk
 
 
-def _adder(work: list[list[torch.Tensor]]):  # type: ignore[no-untyped-def]
+def _adder(work: list[list[torch.Tensor]]) -> Callable[[], None]:
     def add() -> None:
         with torch.no_grad():
             for grads in work:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from partita.capture import Captured, capture
+from partita.capture import Captured
 from partita.cluster import Cluster
 from partita.errors import UsageError
 from partita.graph import Graph
 from partita.plan import Plan
+from partita.runtime.bind import Binder, Bound
 from partita.runtime.live import dispatched, placed_modules
-from partita.runtime.local import Local, Lowered, torch_device
+from partita.runtime.local import Local, Lowered, deliver, torch_device
 from partita.runtime.team import Team
 from partita.runtime.worker import StepState
 from partita.sharding.batch import layouts
-from partita.torch_compat import pytree
 from partita.trace import Trace
 
 
@@ -40,26 +41,24 @@ class _Pipeline(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise UsageError(
+                "create_graph=True asks for gradients of gradients, which a divided model does not give; "
+                "take them on the unsplit model (.module)"
+            )
         return (None, *ctx.call.backward(grads))
-
-
-@dataclass(frozen=True)
-class Bound:
-    """One call's captured graph with its tensors by name. ``engine`` None: the model runs live."""
-
-    engine: Local | None
-    captured: Captured
-    given: dict[str, torch.Tensor]
-    parameters: dict[str, torch.Tensor]
 
 
 class _Call:
     """One call of a ParallelModule: what goes in, the step in flight, what comes out."""
 
-    def __init__(self, bound: Bound, lowered: Lowered, *, grad: bool, record: bool, device: torch.device) -> None:
+    def __init__(
+        self, bound: Bound, lowered: Lowered, *, grad: bool, record: bool, device: torch.device,
+        done: Callable[[Trace], None],
+    ) -> None:  # fmt: skip
         assert bound.engine is not None
         self.engine, self.lowered, self.given, self.parameters = bound.engine, lowered, bound.given, bound.parameters
-        self.grad, self.record, self.device = grad, record, device
+        self.grad, self.record, self.device, self.done = grad, record, device, done
         self.graph = bound.captured.graph
         made = {o for op in self.graph.ops for o in op.outputs}
         self.made = tuple(dict.fromkeys(name for name in self.graph.outputs if name in made))
@@ -78,9 +77,11 @@ class _Call:
         )
         self.engine.run(state, program)
         outputs = tuple(self.engine.gather(state, name, self.device) for name in self.made)
+        state.results.clear()
         if self.grad:
             self.state = state
-        self.trace = self.engine.trace(state)
+        if self.record:
+            self.trace = self.engine.trace(state)
         return outputs
 
     def backward(self, grads: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
@@ -95,8 +96,10 @@ class _Call:
                 self.engine.seed(state, name, grad)
         self.engine.run(state, self.lowered.backward)
         found = self.engine.parameter_grads(state)
-        self.trace = self.engine.trace(state)
-        return tuple(found.get(n, state.input_grads.get(n)) for n in self.differentiable)
+        if self.record:
+            self.trace = self.engine.trace(state)
+            self.done(self.trace)
+        return tuple(found.pop(n, state.input_grads.get(n)) for n in self.differentiable)
 
 
 class ParallelModule(nn.Module):
@@ -123,8 +126,10 @@ class ParallelModule(nn.Module):
         self.output_device = torch_device(plan.stages[-1].devices[0])
         names = dict.fromkeys(d for s in plan.stages for d in s.devices)
         self._team = Team(tuple(cluster.device(n) for n in names))
-        self._engines: dict[object, list[tuple[Local | None, Captured]]] = {}
+        self._binder = Binder(module, partial(_engine, plan, cluster, self._team))
         self._lock = threading.RLock()
+        self.train(module.training)
+        self.register_load_state_dict_pre_hook(_own_names)
 
     # -- calling ---------------------------------------------------------------------------------------------------
 
@@ -137,7 +142,9 @@ class ParallelModule(nn.Module):
         wants = [*bound.parameters.values(), *bound.given.values()]
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in wants)
         lowered = bound.engine.lowered(graph.batch, grad)
-        call = _Call(bound, lowered, grad=grad, record=self.record, device=self.output_device)
+        call = _Call(
+            bound, lowered, grad=grad, record=self.record, device=self.output_device, done=_setter(weakref.ref(self))
+        )
         with self._lock:
             outputs = _Pipeline.apply(call, *call.tensors()) if grad else call.forward()
         values = dict(zip(call.made, outputs, strict=True))
@@ -146,6 +153,7 @@ class ParallelModule(nn.Module):
                 values[name] = bound.given[name] if name in bound.given else bound.parameters[name]
         if self.record:
             self.trace = call.trace
+        bound.captured.after_call()
         return bound.captured.unflatten([values[name] for name in graph.outputs])
 
     def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -173,10 +181,10 @@ class ParallelModule(nn.Module):
                 engine.seed(state, name, torch.ones((), dtype=getattr(torch, graph.tensor(name).dtype)))
                 engine.run(state, lowered.step)
                 loss = engine.gather(state, name, self.output_device)
-                grads = engine.parameter_grads(state)
-                torch.autograd.backward([bound.parameters[n] for n in grads], list(grads.values()))
+                deliver(bound.parameters, engine.parameter_grads(state))
                 if self.record:
                     self.trace = engine.trace(state)
+        bound.captured.after_call()
         return loss
 
     def _check_loss(self, graph: Graph) -> None:
@@ -202,35 +210,7 @@ class ParallelModule(nn.Module):
 
     def _bind(self, what: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """The engine for a call like this (captured now if there is none yet), and the call's tensors by name."""
-        key = (what, torch.is_grad_enabled(), _autocast_key(), self._modes(), signature(args, kwargs))
-        known = self._engines.setdefault(key, [])
-        for engine, captured in known:
-            if engine is None:
-                return Bound(None, captured, {}, {})
-            leaves = captured.flatten(args, kwargs)
-            if leaves is not None and captured.guards_hold(leaves):
-                return self._bound(engine, captured, leaves)
-        captured = capture(self.module, args, kwargs, forward=forward)
-        if captured.live:
-            known.append((None, captured))
-            return Bound(None, captured, {}, {})
-        found = layouts(captured.graph, batch_norm=self.plan.batch_norm)
-        engine = Local(captured, found, self.plan, self.cluster, self._team)
-        known.append((engine, captured))
-        leaves = captured.flatten(args, kwargs)
-        assert leaves is not None, "the call just captured"
-        return self._bound(engine, captured, leaves)
-
-    def _bound(self, engine: Local, captured: Captured, leaves: list[torch.Tensor]) -> Bound:
-        graph = captured.graph
-        given = dict(zip(captured.inputs, leaves, strict=True))
-        parameters = dict(self.module.named_parameters(remove_duplicate=False))
-        buffers = dict(self.module.named_buffers(remove_duplicate=False))
-        given.update({t.name: buffers[t.path] for t in graph.of_role("buffer")})
-        return Bound(engine, captured, given, {t.name: parameters[t.path] for t in graph.of_role("parameter")})
-
-    def _modes(self) -> tuple[bool, ...]:
-        return tuple(m.training for m in self.module.modules())
+        return self._binder.bind(what, forward, args, kwargs)
 
     # -- as a module -----------------------------------------------------------------------------------------------
 
@@ -262,8 +242,25 @@ def _rebuild(module: nn.Module, plan: Plan, cluster: Cluster, loss_fn: Any) -> P
     return ParallelModule(module, plan, cluster, loss_fn=loss_fn)
 
 
-def _autocast_key() -> tuple[object, ...]:
-    return tuple((k, torch.get_autocast_dtype(k)) for k in ("cpu", "cuda") if torch.is_autocast_enabled(k))
+def _engine(plan: Plan, cluster: Cluster, team: Team, captured: Captured) -> Local:
+    return Local(captured, layouts(captured.graph, batch_norm=plan.batch_norm), plan, cluster, team)
+
+
+def _setter(parallel: weakref.ref[ParallelModule]) -> Callable[[Trace], None]:
+    """Hands a step's trace to its module, without keeping the module alive."""
+
+    def done(trace: Trace) -> None:
+        found = parallel()
+        if found is not None:
+            found.trace = trace
+
+    return done
+
+
+def _own_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A module around this one loads what it saved: under the user's names, without ``module.``."""
+    for key in [k for k in state_dict if k.startswith(prefix)]:
+        state_dict[f"{prefix}module.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
 
 class _WithLoss:
@@ -279,12 +276,3 @@ class _WithLoss:
                 return output
             return output["loss"] if isinstance(output, Mapping) and "loss" in output else output[0]
         return self.loss_fn(self.module(*args[:-1], **kwargs), args[-1])
-
-
-def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
-    """What a capture depends on: structure, shapes, dtypes, devices, and every value that is not a tensor."""
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    described = tuple(
-        (tuple(x.shape), x.dtype, x.device, x.requires_grad) if isinstance(x, torch.Tensor) else repr(x) for x in leaves
-    )
-    return str(spec), described

@@ -12,14 +12,14 @@ import contextlib
 import threading
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
 
 import torch
 
 from partita.errors import ExecutionError
 from partita.graph import Graph
-from partita.program import Fixed, Instruction, Layout, Once, Partial, Program, Split, Use, Whole
+from partita.program import Fixed, Instruction, Partial, Program, Split, Use, Whole
 from partita.runtime.codegen import SegmentCode
+from partita.runtime.route import Inlet, Step, parts, route
 from partita.runtime.transport import Exchange, Stopped
 from partita.runtime.weight_grad import WeightQueue, mark, use_queue
 from partita.trace import Event
@@ -27,12 +27,18 @@ from partita.trace import Event
 Key = tuple[str, int]
 
 
+Edge = torch.autograd.graph.GradientEdge
+
+
 @dataclass(eq=False)
 class Run:
-    """One forward of a segment that waits for its backward."""
+    """One forward of a segment that waits for its backward: leaves that want a gradient, and where gradients enter.
+
+    ``outputs`` are edges of the autograd graph, not tensors: a result nobody reads any more does not stay for them.
+    """
 
     leaves: list[tuple[Use, torch.Tensor]]
-    outputs: dict[str, torch.Tensor]
+    outputs: dict[str, Edge]
 
 
 @dataclass(eq=False)
@@ -67,10 +73,11 @@ class StepState:
     lock: threading.Lock = field(default_factory=threading.Lock)
     origin: float = field(default_factory=perf_counter)
     record: bool = False
+    inference: bool = field(default_factory=torch.is_inference_mode_enabled)
+    batch: int = field(init=False)
 
-    @property
-    def batch(self) -> int:
-        return sum(self.program.sizes)
+    def __post_init__(self) -> None:
+        self.batch = sum(self.program.sizes)
 
     def rows(self, layout: Split, microbatch: int) -> tuple[int, int, int]:
         """(dim, start, length) of a microbatch's rows."""
@@ -84,102 +91,116 @@ class Worker:
     def __init__(self, name: str, state: StepState, exchange: Exchange) -> None:
         self.name, self.state, self.exchange = name, state, exchange
         self.mine = state.devices[name]
-        self.results = set(state.graph.outputs)
         self.owed: list[object] = []
 
     def walk(self, instructions: tuple[Instruction, ...]) -> None:
-        state = self.state
+        state, exchange = self.state, self.exchange
+        steps = self.route(instructions)
+        do = {"F": self.forward, "B": self.backward, "W": self.weights, "SEND": self.send, "RECV": self.receive}
         use_queue(self.mine.queue if len(state.program.sizes) > 1 else None)
         self.mine.queue.put_off = any(i.kind == "W" for i in instructions)
-        for position, instruction in enumerate(instructions):
-            if self.exchange.stopped:
-                raise Stopped
-            start = perf_counter()
-            if instruction.kind == "W":
-                self.owed.append((instruction.segment, instruction.microbatch))
-                following = instructions[position + 1 : position + 2]
-                if not following or following[0].kind != "W":  # a run of W steps is one product per weight
-                    self.mine.queue.flush(self.owed)
-                    self.owed = []
-            else:
-                getattr(self, _METHOD[instruction.kind])(instruction)
-            if state.record:
-                self.mine.events.append(
-                    Event(
-                        self.name, str(instruction), instruction.kind, instruction.segment, instruction.microbatch,
-                        start - state.origin, perf_counter() - state.origin, instruction.nbytes,
-                    )
-                )  # fmt: skip
+        try:
+            with torch.inference_mode(state.inference), torch.set_grad_enabled(state.grad):
+                for step in steps:
+                    if exchange.stopped:
+                        raise Stopped
+                    start = perf_counter()
+                    do[step.instruction.kind](step)
+                    for key in step.drops:
+                        del self.mine.values[key]
+                    if state.record:
+                        self.record(step.instruction, start)
+        finally:
+            use_queue(None)
+
+    def route(self, instructions: tuple[Instruction, ...]) -> tuple[Step, ...]:
+        """Made once for an instruction list, and kept with the code that it is for."""
+        state = self.state
+        routes = state.codes[0].routes
+        found = routes.get(id(instructions))
+        if found is None:
+            mutated = tuple(code.mutated for code in state.codes)
+            found = instructions, route(state.graph, state.program, instructions, mutated)
+            routes[id(instructions)] = found
+        return found[1]
+
+    def record(self, instruction: Instruction, start: float) -> None:
+        origin = self.state.origin
+        self.mine.events.append(
+            Event(
+                self.name, str(instruction), instruction.kind, instruction.segment, instruction.microbatch,
+                start - origin, perf_counter() - origin, instruction.nbytes,
+            )
+        )  # fmt: skip
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
-    def forward(self, instruction: Instruction) -> None:
-        state, index, microbatch = self.state, instruction.segment, instruction.microbatch
-        segment, code = state.program.segments[index], state.codes[index]
+    def forward(self, step: Step) -> None:
+        state, index, microbatch = self.state, step.instruction.segment, step.instruction.microbatch
+        code = state.codes[index]
         leaves: list[tuple[Use, torch.Tensor]] = []
         arguments = []
-        for position, use in enumerate(segment.uses):
-            value, leaf = self.take(use, microbatch)
+        for inlet in step.inlets:
+            value, leaf = self.take(inlet, microbatch)
             if leaf:
-                leaves.append((use, value))
-            if position in code.mutated and use.source > 0:
+                leaves.append((inlet.use, value))
+            if inlet.copy:
                 value = value.clone()  # an in-place op must not change what others hold
             arguments.append(value)
         size = state.program.sizes[microbatch] if microbatch >= 0 else state.batch
         try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(torch.set_grad_enabled(state.grad))
-                for kind, dtype in state.autocast:
-                    stack.enter_context(torch.autocast(kind, dtype=dtype))
+            if state.autocast:
+                with contextlib.ExitStack() as stack:
+                    for kind, dtype in state.autocast:
+                        stack.enter_context(torch.autocast(kind, dtype=dtype))
+                    outputs = code.run(size, state.batch, self.mine.device, *arguments)
+            else:
                 outputs = code.run(size, state.batch, self.mine.device, *arguments)
         except Stopped:
             raise
         except Exception as error:
             raise self.failure(index, error) from error
         del arguments
-        kept: dict[str, torch.Tensor] = {}
-        for name, value in zip(segment.outputs, outputs, strict=True):
-            detached = value.detach()
-            self.mine.values[name, microbatch] = detached
-            if name in self.results:
-                state.results[name, microbatch] = detached
+        kept: dict[str, Edge] = {}
+        for outlet, value in zip(step.outlets, outputs, strict=True):
+            if outlet.held or outlet.result:
+                detached = value.detach()
+                if outlet.held:
+                    self.mine.values[outlet.name, microbatch] = detached
+                if outlet.result:
+                    state.results[outlet.name, microbatch] = detached
             if state.grad and value.requires_grad:
-                kept[name] = value
+                kept[outlet.name] = torch.autograd.graph.get_gradient_edge(value)
         if state.grad:
             self.mine.runs[index, microbatch] = Run(leaves, kept)
 
-    def take(self, use: Use, microbatch: int) -> tuple[torch.Tensor, bool]:
+    def take(self, inlet: Inlet, microbatch: int) -> tuple[torch.Tensor, bool]:
         """The tensor as the segment wants it, and whether its gradient is wanted back."""
-        state = self.state
-        meta = state.graph.tensor(use.tensor)
-        if use.source <= 0:
-            if meta.role == "parameter" and use.source < 0:
-                return self.alias(use.tensor), False
-            value = state.once[use.tensor] if use.source == 0 else state.given[use.tensor]
+        state, use = self.state, inlet.use
+        if inlet.way == "alias":
+            return self.alias(use.tensor), False
+        if inlet.way in ("given", "once"):
+            value = state.once[use.tensor] if inlet.way == "once" else state.given[use.tensor]
             if value.device != self.mine.device:
                 value = value.to(self.mine.device, non_blocking=True)
-            if isinstance(use.take, Split) and len(state.program.sizes) > 1:
-                value = value.narrow(*state.rows(use.take, microbatch))
-            if meta.role == "input" and state.grad and value.requires_grad:
+            if inlet.rows is not None:
+                value = value.narrow(*state.rows(inlet.rows, microbatch))
+            if inlet.leaf and state.grad and value.requires_grad:
                 return value.detach().requires_grad_(), True
             return value.detach() if value.requires_grad else value, False
-        value = self.joined(use) if microbatch < 0 else self.mine.values[use.tensor, microbatch]
-        value = value.detach()
-        if state.grad and meta.needs_grad:
+        value = self.joined(use) if inlet.way == "joined" else self.mine.values[use.tensor, microbatch].detach()
+        if inlet.leaf and state.grad:
             return value.requires_grad_(), True
         return value, False
 
     def joined(self, use: Use) -> torch.Tensor:
-        """All microbatches of a tensor as one."""
-        values, name = self.mine.values, use.tensor
-        count = len(self.state.program.sizes)
+        """All microbatches of a tensor as one, a leaf of its own."""
+        values = [self.mine.values[key] for key in parts(self.state.program, use)]
         if isinstance(use.layout, Split):
-            return torch.cat([values[name, m] for m in range(count)], use.layout.dim)
+            return torch.cat(values, use.layout.dim).detach()
         if isinstance(use.layout, Partial):
-            return torch.stack([values[name, m] for m in range(count)]).sum(0)
-        if isinstance(use.layout, Fixed):
-            return values[name, 0]
-        return values[name, -1]
+            return torch.stack(values).sum(0).detach()
+        return values[0].detach()
 
     def alias(self, name: str) -> torch.Tensor:
         """This device's leaf over the parameter's memory."""
@@ -196,24 +217,35 @@ class Worker:
 
     # -- backward --------------------------------------------------------------------------------------------------
 
-    def backward(self, instruction: Instruction) -> None:
-        index, microbatch = instruction.segment, instruction.microbatch
+    def backward(self, step: Step) -> None:
+        index, microbatch = step.instruction.segment, step.instruction.microbatch
         run = self.mine.runs.pop((index, microbatch))
         roots, grads = [], []
-        for name, value in run.outputs.items():
+        for name, edge in run.outputs.items():
             grad = self.mine.grads.pop((name, microbatch), None)
             if grad is not None:
-                roots.append(value)
+                roots.append(edge)
                 grads.append(grad)
         self.mine.queue.key = (index, microbatch)
+        run.outputs = {}
         try:
             if roots:
                 torch.autograd.backward(roots, grads)
         except Exception as error:
-            raise self.failure(index, error) from error
+            raise self.failure(index, error, "backward of ") from error
         for use, leaf in run.leaves:
             self.hand_back(use, leaf.grad, microbatch, index)
             leaf.grad = None
+
+    def weights(self, step: Step) -> None:
+        """A run of W steps is one product per weight."""
+        self.owed.append((step.instruction.segment, step.instruction.microbatch))
+        if step.last_of_run:
+            owed, self.owed = self.owed, []
+            try:
+                self.mine.queue.flush(owed)
+            except Exception as error:
+                raise self.failure(step.instruction.segment, error, "weight gradients of ") from error
 
     def hand_back(self, use: Use, grad: torch.Tensor | None, microbatch: int, consumer: int) -> None:
         """Give the gradient of something taken to the runs that made it."""
@@ -237,7 +269,9 @@ class Worker:
         if places[max(microbatch, 0)] == self.name:
             self.add_grad(use.tensor, microbatch, grad)
         else:
-            self.mine.outgoing[use.tensor, microbatch, consumer] = grad
+            key = (use.tensor, microbatch, consumer)
+            held = self.mine.outgoing.get(key)  # a segment may take one tensor in two ways
+            self.mine.outgoing[key] = grad if held is None else held if grad is None else held + grad
 
     def add_grad(self, name: str, microbatch: int, grad: torch.Tensor | None) -> None:
         if grad is None:
@@ -258,7 +292,8 @@ class Worker:
 
     # -- transfers -------------------------------------------------------------------------------------------------
 
-    def send(self, instruction: Instruction) -> None:
+    def send(self, step: Step) -> None:
+        instruction = step.instruction
         name, microbatch = instruction.tensor, instruction.microbatch
         if instruction.grad:
             value = self.mine.outgoing.pop((name, microbatch, instruction.segment), None)
@@ -266,7 +301,8 @@ class Worker:
         else:
             self.exchange.send(instruction.peer, (name, microbatch, -1, False), self.mine.values[name, microbatch])
 
-    def receive(self, instruction: Instruction) -> None:
+    def receive(self, step: Step) -> None:
+        instruction = step.instruction
         name, microbatch = instruction.tensor, instruction.microbatch
         if instruction.grad:
             value = self.exchange.receive(self.name, (name, microbatch, instruction.segment, True))
@@ -274,20 +310,23 @@ class Worker:
                 self.add_grad(name, microbatch, value.to(self.mine.device))
         else:
             value = self.exchange.receive(self.name, (name, microbatch, -1, False))
-            self.mine.values[name, microbatch] = value.to(self.mine.device)
+            value = value if value.device == self.mine.device else value.to(self.mine.device)
+            self.mine.values[name, microbatch] = value
 
     # -- errors ----------------------------------------------------------------------------------------------------
 
-    def failure(self, index: int, error: Exception) -> ExecutionError:
+    def failure(self, index: int, error: Exception, what: str = "") -> ExecutionError:
+        """The error with the stage, the module and the user's line."""
         segment, op = self.state.program.segments[index], self.state.codes[index].op_at(error)
-        where = f"stage {segment.stage} on {self.name}"
+        where = f"{what}stage {segment.stage} on {self.name}"
         if op is not None:
             where += f", module '{op.module or '(the model itself)'}', {op.target}"
+        elif segment.ops:
+            by_name = {op.name: op.module for op in self.state.graph.ops}
+            modules = list(dict.fromkeys(by_name[name] or "(the model itself)" for name in segment.ops))
+            where += f", modules '{modules[0]}' to '{modules[-1]}'" if len(modules) > 1 else f", module '{modules[0]}'"
         line = f"\n  at {op.source}" if op is not None and op.source else ""
         return ExecutionError(f"{type(error).__name__} in {where}: {error}{line}")
 
 
-_METHOD = {"F": "forward", "B": "backward", "SEND": "send", "RECV": "receive"}
-
-Layouts = dict[str, Layout]
-__all__ = ["DeviceState", "Once", "Run", "StepState", "Worker"]
+__all__ = ["DeviceState", "Run", "StepState", "Worker"]

@@ -15,9 +15,24 @@ from partita.program import Layout, Split
 
 _RANK = {"once": 0, "split": 1, "whole": 2}
 _UNIFORM = frozenset(
-    "zeros ones full empty new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split()
+    [
+        "zeros",
+        "ones",
+        "full",
+        "empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+    ]
 )
-_MAYBE_VIEW = frozenset("contiguous reshape flatten reshape_as to type_as _reshape_alias".split())
+_MAYBE_VIEW = frozenset(
+    "contiguous reshape flatten reshape_as to type_as _reshape_alias".split()  # noqa: SIM905
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +70,7 @@ class Memory:
         tensor: Tensor = self.graph.tensor(name)
         return tensor.base or tensor.name
 
-    def conflicts(
-        self, phase: Mapping[str, str], of: Mapping[str, Layout], local: set[str]
-    ) -> tuple[Finding, ...]:
+    def conflicts(self, phase: Mapping[str, str], of: Mapping[str, Layout], local: set[str]) -> tuple[Finding, ...]:
         """What must change for in-place memory to read as in eager; empty when nothing must."""
         found: list[Finding] = []
         for base in self.written:

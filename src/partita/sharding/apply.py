@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 
@@ -45,19 +45,19 @@ def batch_dim(shape: Sequence[Dim]) -> int | None:
 
 
 def decide(
-    graph: Graph, op: Op, of: Mapping[str, Layout], *, batch_norm: str = "exact", local: bool = False
+    graph: Graph, op: Op, of: Mapping[str, Layout], *, batch_norm: str = "exact", local: Set[str] = frozenset()
 ) -> Decision:
-    """Phase and layouts of one op. ``local``: a uniform factory that is made anew for every microbatch."""
+    """Phase and layouts of one op. ``local``: ops that are made anew for every microbatch though they could be once."""
     used = [of[name] for name in op.uses()]
     outputs = [graph.tensor(name) for name in op.outputs if name]
     if any(isinstance(layout, Whole) for layout in used):
         return Decision.whole(op, "it uses a value of the whole batch", coupling=False)
     try:
-        if not any(isinstance(layout, Split | Partial) for layout in used) and not local:
+        if not any(isinstance(layout, Split | Partial) for layout in used) and op.name not in local:
             return _independent(graph, op, of, outputs)
         if op.random:
             raise _Coupled("it draws random numbers whose shape or place depends on the batch's data")
-        return _dependent(Call(op, graph, batch_norm), of)
+        return _dependent(Call(op, graph, batch_norm, local), of)
     except _Coupled as why:
         return Decision.whole(op, str(why))
 
@@ -82,9 +82,7 @@ def _dependent(call: Call, of: Mapping[str, Layout]) -> Decision:
     kept = [i for i, name in enumerate(op.outputs) if name]
     if len(rule.outputs) != len(op.outputs):
         raise _misfit(op, f"the rule '{rule}' names {len(rule.outputs)} results, the op has {len(op.outputs)}")
-    shrunk = Rule(
-        tuple(term for _, term in terms), tuple(rule.outputs[i] for i in kept), rule.mean, rule.linearity
-    )
+    shrunk = Rule(tuple(term for _, term in terms), tuple(rule.outputs[i] for i in kept), rule.mean, rule.linearity)
     try:
         fitted = fit(shrunk, [t.shape for t in operands], [t.shape for t in results])
     except UsageError as why:
@@ -98,7 +96,7 @@ def _dependent(call: Call, of: Mapping[str, Layout]) -> Decision:
             raise _Coupled("its result follows the batch in a way its rule does not show")
         return Decision("split", tuple(Fixed() for _ in op.outputs))
     if batch.label in fitted.whole:
-        raise _Coupled(_why_whole(batch.label, operands, fitted))
+        raise _Coupled(_why_whole(batch.label, fitted))
     takes = _align(batch, operands, of, fitted, extents)
     layouts, averaged = _results(batch, results, fitted, _addends(op, shrunk), extents)
     rewrite = ruled.rewrite if ruled else None
@@ -194,7 +192,7 @@ def _no_addend(op: Op) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """The label along which the batch runs, and its rows: ``outer`` times round, ``factor`` a sample (None: not known)."""
+    """The label along which the batch runs, and its rows: ``outer`` rounds, ``factor`` a sample (None: unknown)."""
 
     label: str
     outer: int = 1
@@ -271,8 +269,8 @@ def _batch_label(
     return next(iter(found.values()), None)
 
 
-def _why_whole(label: str, operands: list[Tensor], fitted: Fitted) -> str:
-    for tensor, dims in zip(operands, fitted.inputs, strict=True):
+def _why_whole(label: str, fitted: Fitted) -> str:
+    for dims in fitted.inputs:
         for i, labels in enumerate(dims or ()):
             if label in labels:
                 return f"it works across dim {i} of an argument, along which the batch runs"

@@ -36,9 +36,9 @@ class Coupling:
 class BatchLayouts:
     """What ``layouts`` found. ``of``: layout of each tensor. ``phase``: 'once', 'split' or 'whole' of each op.
 
-    ``rewrites``: split-phase ops that run differently from what the graph says (see ``Rewrite``). ``couplings``: the ops
-    that first needed the whole batch. ``takes``: (op, tensor) -> rows a split-phase op takes of a tensor that exists
-    whole. ``early``: once-phase ops that read model inputs (they are there from the start, whole).
+    ``rewrites``: split-phase ops that run differently from what the graph says (see ``Rewrite``). ``couplings``: the
+    ops that first needed the whole batch. ``takes``: (op, tensor) -> rows a split-phase op takes of a tensor that is
+    there whole. ``early``: once-phase ops that read model inputs (they are there from the start, whole).
     """
 
     of: Mapping[str, Layout]
@@ -93,9 +93,15 @@ def layouts(graph: Graph, *, batch_norm: str = "exact") -> BatchLayouts:
         if wanted - early.hoisted:
             early.hoisted |= wanted
             continue
+        misplaced = early.misplaced({name: d.phase for name, d in walk.decisions.items()}, local)
+        if misplaced:
+            local -= misplaced
+            continue
         scattered = walk.scattered()
         if scattered:
-            forced.update({name: "it merges dims with the samples inside, and its result is needed whole" for name in scattered})
+            forced.update(
+                dict.fromkeys(scattered, "it merges dims with the samples inside, and its result is needed whole")
+            )
             continue
         if early.unreachable.keys() - forced.keys():
             forced.update(early.unreachable)
@@ -145,6 +151,7 @@ class _Walk:
         self.of: dict[str, Layout] = {}
         self.decisions: dict[str, Decision] = {}
         self.couplings: list[Coupling] = []
+        self.drawn_late = False
 
     def run(self) -> None:
         for tensor in self.graph.tensors:
@@ -153,6 +160,7 @@ class _Walk:
         for op in self.graph.ops:
             decision = self._decide(op)
             self.decisions[op.name] = decision
+            self.drawn_late = self.drawn_late or (op.random and decision.phase == "whole")
             for name, layout in zip(op.outputs, decision.outputs, strict=True):
                 if name:
                     self.of[name] = layout
@@ -163,13 +171,15 @@ class _Walk:
         if op.name in self.forced:
             carried = any(isinstance(self.of[name], Whole) for name in op.uses())
             return Decision.whole(op, self.forced[op.name], coupling=not carried)
+        if op.random and self.drawn_late:
+            return Decision.whole(op, "its random numbers come after those of an op on the whole batch", coupling=False)
         if op.name in self.hoisted:
             return Decision("once", tuple(Once() for _ in op.outputs))
-        return decide(self.graph, op, self.of, batch_norm=self.batch_norm, local=op.name in self.local)
+        return decide(self.graph, op, self.of, batch_norm=self.batch_norm, local=self.local)
 
     def scattered(self) -> set[str]:
         """Split-phase ops whose results, samples not outermost, would have to be joined: they must run whole."""
-        needed = {name for name in self.graph.outputs}
+        needed = set(self.graph.outputs)
         found: set[str] = set()
         for op in reversed(self.graph.ops):
             whole = self.decisions[op.name].phase == "whole"
@@ -189,7 +199,14 @@ class _Walk:
         heavy = any(op.flops for op in self.graph.ops)
         able = any(op.flops > 0 or not heavy for op in dividing)
         return BatchLayouts(
-            self.of, phase, rewrites, tuple(self.couplings), able, takes, frozenset(early.hoisted), frozenset(self.local)
+            self.of,
+            phase,
+            rewrites,
+            tuple(self.couplings),
+            able,
+            takes,
+            frozenset(early.hoisted),
+            frozenset(self.local),
         )
 
     def _follows(self, op: Op) -> bool:

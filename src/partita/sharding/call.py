@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from partita.graph import Arg, Dim, Graph, Op, Ref, Size, Tensor
@@ -46,11 +47,15 @@ Ruling = str | Ruled | Refusal
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One op of a graph with its tensors looked up. ``batch_norm``: 'exact' or 'per_microbatch'."""
+    """One op of a graph with its tensors looked up. ``batch_norm``: 'exact' or 'per_microbatch'.
+
+    ``local``: ops whose results are made anew for every microbatch (its own row numbers, its own zeros).
+    """
 
     op: Op
     graph: Graph
     batch_norm: str = "exact"
+    local: Set[str] = frozenset()
 
     def arg(self, index: int, default: Arg = None, *, name: str = "") -> Arg:
         """The argument at a position, or by keyword; ``default`` where it was left out."""

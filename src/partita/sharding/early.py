@@ -6,14 +6,17 @@ stay a sum over microbatches. The same holds for the number of labels that a mea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 from partita.graph import Graph, Op, Ref, Size, Tensor
-from partita.program import Layout, Once
+from partita.program import Layout, Once, Partial
 from partita.sharding.apply import Decision
 
 _CHEAP = 0.01  # a part of the model's FLOPs that may run before the microbatches instead of in them
-_SAME_ROWS = frozenset("view reshape unsqueeze to _to_copy contiguous clone detach alias lift_fresh_copy".split())
+_FREE = 1_000_000  # FLOPs that are too few to count
+_SAME_ROWS = frozenset(
+    "view reshape unsqueeze to _to_copy contiguous clone detach alias lift_fresh_copy".split()  # noqa: SIM905
+)
 
 
 class Early:
@@ -25,11 +28,13 @@ class Early:
         self.refused: set[str] = set()
         self.unreachable: dict[str, str] = {}
         self._touching: dict[str, list[Op]] = {}
+        self._readers: dict[str, list[Op]] = {}
+        self._chains: list[set[str]] = []
         self._written: set[str] = {base for op in graph.ops for base in op.writes}
         for op in graph.ops:
             for name in {*op.uses(), *filter(None, op.outputs)}:
                 self._touching.setdefault(self._base(graph.tensor(name)), []).append(op)
-        self._limit = _CHEAP * sum(op.flops for op in graph.ops)
+        self._limit = _FREE + _CHEAP * sum(op.flops for op in graph.ops)
 
     @staticmethod
     def _base(tensor: Tensor) -> str:
@@ -44,9 +49,8 @@ class Early:
         for op in self.graph.ops:
             decision = decisions[op.name]
             if decision.phase == "whole" and decision.coupling:
-                closure = self._closure([op])
-                if closure is not None:
-                    found |= closure
+                for start in (op, *self._counted(op, of)):
+                    found |= self._closure([start]) or set()
             rewrite = decision.rewrite
             if rewrite is not None and rewrite.kind == "sum_over_total" and not isinstance(of[rewrite.target], Once):
                 at = self.graph.producer(rewrite.target)
@@ -58,6 +62,11 @@ class Early:
                 else:
                     found |= closure
         return found
+
+    def _counted(self, op: Op, of: Mapping[str, Layout]) -> list[Op]:
+        """Makers of the sums over the batch it uses: had whole, they are plain numbers to it."""
+        makers = [self.graph.producer(name) for name in op.uses() if isinstance(of[name], Partial)]
+        return [self.graph.ops[at] for at in makers if at is not None]
 
     def _closure(self, start: Iterable[Op]) -> set[str] | None:
         """These ops and all they need, by name, if all can run early at little cost; else None."""
@@ -85,27 +94,47 @@ class Early:
 
     def row_numbers(self) -> set[str]:
         """``arange(batch)`` made only to index rows (``x[arange(batch), last]``): counted anew in every microbatch."""
-        readers: dict[str, list[Op]] = {}
         for op in self.graph.ops:
             for name in op.uses():
-                readers.setdefault(name, []).append(op)
-        found: set[str] = set()
+                self._readers.setdefault(name, []).append(op)
         for op in self.graph.ops:
-            if is_row_count(op) and self._only_index(op.outputs[0], readers, chain := {op.name}):
-                found |= chain
-        return found
+            if is_row_count(op):
+                chain = {op.name}
+                if self._only_index(op.outputs[0], chain):
+                    self._chains.append(chain)
+        return set().union(*self._chains)
 
-    def _only_index(self, name: str, readers: Mapping[str, list[Op]], chain: set[str]) -> bool:
+    def misplaced(self, phase: Mapping[str, str], local: Set[str]) -> set[str]:
+        """Row numbers that some op reads which is not divided: there they must be those of the whole batch."""
+        found: set[str] = set()
+        for chain in self._chains:
+            if chain & local and any(phase[op] != "split" for op in chain | self._indexing(chain)):
+                found |= chain
+        return found & local
+
+    def _indexing(self, chain: set[str]) -> set[str]:
+        outputs = (name for op in self.graph.ops if op.name in chain for name in op.outputs)
+        return {op.name for name in outputs for op in self._readers.get(name, [])}
+
+    def _only_index(self, name: str, chain: set[str]) -> bool:
+        """Whether all that is done with the tensor is indexing a dim of exactly the batch's size."""
         if name in self.graph.outputs or self._base(self.graph.tensor(name)) in self._written:
             return False
-        for op in readers.get(name, []):
+        for op in self._readers.get(name, []):
             kind = op.target.split(".")[1] if op.target.startswith("aten.") else ""
             if kind == "index":
+                source, listed = op.args[0], op.args[1]
+                if not isinstance(source, Ref) or source.name == name or not isinstance(listed, tuple):
+                    return False
+                places = [i for i, item in enumerate(listed) if item == Ref(name)]
+                shape = self.graph.tensor(source.name).shape
+                if len(places) != 1 or shape[places[0]] != Size(0, 1):
+                    return False
                 continue
-            if kind not in _SAME_ROWS or op.args[0] != Ref(name) or name in [u for u in op.uses() if u != name]:
+            if kind not in _SAME_ROWS or op.args[0] != Ref(name) or op.uses() != (name,):
                 return False
             chain.add(op.name)
-            if not self._only_index(op.outputs[0], readers, chain):
+            if not self._only_index(op.outputs[0], chain):
                 return False
         return True
 
@@ -114,6 +143,8 @@ def is_row_count(op: Op) -> bool:
     """Whether the op is ``arange(batch)``."""
     if op.target == "aten.arange.default":
         return op.args[:1] == (Size(0, 1),)
-    return op.target in ("aten.arange.start", "aten.arange.start_step") and op.args[:2] == (0, Size(0, 1)) and (
-        len(op.args) < 3 or op.args[2] == 1
+    return (
+        op.target in ("aten.arange.start", "aten.arange.start_step")
+        and op.args[:2] == (0, Size(0, 1))
+        and (len(op.args) < 3 or op.args[2] == 1)
     )

@@ -52,7 +52,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One argument or result. ``kind``: 'tensor', 'other' (``_``: no tensor) or 'like' (``#``: only its dtype is read)."""
+    """One argument or result. ``kind``: 'tensor', 'other' (``_``: no tensor) or 'like' (``#``: only dtype read)."""
 
     axes: tuple[Axis, ...] = ()
     optional: bool = False
@@ -116,7 +116,9 @@ def parse(text: str) -> Rule:
         elif words in (["linear"], ["bilinear"]):
             linearity = words[0]
         else:
-            raise _malformed(text, f"ends in '{clause.strip()}'", "after ';' stand 'mean LABELS', 'linear' or 'bilinear'")
+            raise _malformed(
+                text, f"ends in '{clause.strip()}'", "after ';' stand 'mean LABELS', 'linear' or 'bilinear'"
+            )
     rule = Rule(inputs, outputs, mean, linearity)
     _check_labels(rule, text)
     return rule
@@ -128,7 +130,9 @@ def _terms(side: str, text: str) -> tuple[Term, ...]:
     while at < len(side):
         found = _TOKEN.match(side, at)
         if not found:
-            raise _malformed(text, f"cannot be read at '{side[at:].strip()}'", "labels are words; see partita.sharding.notation")
+            raise _malformed(
+                text, f"cannot be read at '{side[at:].strip()}'", "labels are words; see partita.sharding.notation"
+            )
         tokens.append(found.group(1))
         at = found.end()
     if not tokens:
@@ -141,7 +145,9 @@ def _terms(side: str, text: str) -> tuple[Term, ...]:
 
 def _term(tokens: list[str], text: str) -> Term:
     if not tokens:
-        raise _malformed(text, "has an empty term between commas", "a tensor without dims is (), a non-tensor argument _")
+        raise _malformed(
+            text, "has an empty term between commas", "a tensor without dims is (), a non-tensor argument _"
+        )
     if tokens in (["_"], ["#"]):
         return Term(kind="other" if tokens == ["_"] else "like")
     added, optional = tokens[0] == "+", tokens[-1] == "?"
@@ -180,7 +186,9 @@ def _axis(body: list[str], at: int, text: str) -> tuple[Axis | None, int]:
     if token.endswith(".."):
         return Axis((token[:-2],), many=True), at + 1
     if not _plain(token):
-        raise _malformed(text, f"has '{token}' where a dim is expected", "'+' begins a term, '?' ends one, _ and # stand alone")
+        raise _malformed(
+            text, f"has '{token}' where a dim is expected", "'+' begins a term, '?' ends one, _ and # stand alone"
+        )
     return Axis((token,)), at + 1
 
 
@@ -201,14 +209,18 @@ def _check_labels(rule: Rule, text: str) -> None:
         for axis in term.axes:
             (many if axis.many else single).update(axis.labels)
     if both := sorted(single & many):
-        raise _malformed(text, f"uses '{both[0]}' both as one dim and as '{both[0]}..'", "use another label for one of them")
+        raise _malformed(
+            text, f"uses '{both[0]}' both as one dim and as '{both[0]}..'", "use another label for one of them"
+        )
     inside = {label for term in rule.inputs for axis in term.axes for label in axis.labels}
     outside = {label for term in rule.outputs for axis in term.axes for label in axis.labels}
     for label in rule.mean:
         if label not in inside or label in outside:
             raise _malformed(text, f"averages '{label}'", "'mean' names labels that stand on the input side only")
     for label in sorted(many & outside - inside):
-        raise _malformed(text, f"makes '{label}..' out of nothing", "an open run of results must stand in an argument too")
+        raise _malformed(
+            text, f"makes '{label}..' out of nothing", "an open run of results must stand in an argument too"
+        )
 
 
 def _malformed(text: str, what: str, remedy: str) -> UsageError:
@@ -223,7 +235,8 @@ def fit(rule: Rule, operands: Sequence[tuple[Dim, ...] | None], results: Sequenc
     if len(operands) != len(rule.inputs) or len(results) != len(rule.outputs):
         raise UsageError(
             f"sharding rule '{rule}' names {len(rule.inputs)} arguments and {len(rule.outputs)} results, "
-            f"the call has {len(operands)} and {len(results)}: give a term for each (_ for no tensor, n? where it may be None)"
+            f"the call has {len(operands)} and {len(results)}: give a term for each (_ for no tensor, n? where it "
+            f"may be None)"
         )
     runs: dict[str, int] = {}
     wide: set[str] = set()
@@ -231,7 +244,9 @@ def fit(rule: Rule, operands: Sequence[tuple[Dim, ...] | None], results: Sequenc
     for term, shape in zip(rule.outputs, results, strict=True):
         need = sum(runs.get(axis.labels[0], 0) if axis.many else 1 for axis in term.axes)
         if need != len(shape):
-            raise UsageError(f"sharding rule '{rule}': the result '{term}' has {len(shape)} dims, the rule gives {need}")
+            raise UsageError(
+                f"sharding rule '{rule}': the result '{term}' has {len(shape)} dims, the rule gives {need}"
+            )
     outputs = tuple(tuple(name for name, _ in _spread(term, runs)) for term in rule.outputs)
     whole = frozenset(
         label

@@ -50,7 +50,11 @@ def scatter(call: Call) -> Ruling:
     here = call.number(1) % max(len(names), 1)
     target = whole(names, {here})
     index = term([f"[{n}x]" if d == here else n for d, n in enumerate(names)])
-    source = ", " + term([f"[{n}y]" if d == here else n for d, n in enumerate(names)]) if isinstance(call.arg(3), Ref) else ""
+    source = (
+        ", " + term([f"[{n}y]" if d == here else n for d, n in enumerate(names)])
+        if isinstance(call.arg(3), Ref)
+        else ""
+    )
     return f"{target}, {index}{source} -> {target}"
 
 
@@ -104,7 +108,8 @@ def _indexing(call: Call) -> tuple[str, list[str], str] | Refusal:
     """Terms of source, of each index and of the result."""
     shape, listed = call.shape(0), call.arg(1)
     given: list[Tensor | None] = [
-        call.graph.tensor(item.name) if isinstance(item, Ref) else None for item in (listed if isinstance(listed, tuple) else ())
+        call.graph.tensor(item.name) if isinstance(item, Ref) else None
+        for item in (listed if isinstance(listed, tuple) else ())
     ]
     if any(t is not None and t.dtype in ("bool", "uint8") for t in given):
         return Refusal("it selects by a mask: how many elements it takes depends on the values")
@@ -116,18 +121,19 @@ def _indexing(call: Call) -> tuple[str, list[str], str] | Refusal:
     rank = max(len(t.shape) for t in used)
     common = labels(rank, start="i")
     wide = [any(len(t.shape) >= rank - i and t.shape[len(t.shape) - rank + i] != 1 for t in used) for i in range(rank)]
-    rows = _row_index(call, used)
+    rows = [t for t in used if _counts_rows(call, t)]
+    if len(rows) > 1 or any(sum(size != 1 for size in t.shape) != 1 for t in rows):
+        return Refusal("it takes rows by number in an unusual way")
     terms, dims = [], set(places)
     for place, tensor in zip(places, used, strict=True):
         start = rank - len(tensor.shape)
-        said = [
-            "1" if size == 1 and wide[start + i] else common[start + i] for i, size in enumerate(tensor.shape)
-        ]
-        if tensor is rows:
+        said = ["1" if size == 1 and wide[start + i] else common[start + i] for i, size in enumerate(tensor.shape)]
+        if tensor in rows:
             batch = next(i for i, size in enumerate(tensor.shape) if size != 1)
-            if shape[place] == tensor.shape[batch]:
-                names[place] = common[start + batch]
-                dims.discard(place)
+            if shape[place] != tensor.shape[batch]:
+                return Refusal("it takes rows by number from a tensor that does not follow the batch")
+            names[place] = common[start + batch]
+            dims.discard(place)
         terms.append(term(said))
     together = places == list(range(places[0], places[-1] + 1))
     rest = [n for i, n in enumerate(names) if i not in places]
@@ -136,19 +142,15 @@ def _indexing(call: Call) -> tuple[str, list[str], str] | Refusal:
     return whole(names, dims), terms, term(result)
 
 
-def _row_index(call: Call, used: list[Tensor]) -> Tensor | None:
-    """The index that is ``arange(batch)``: it takes each sample's own row."""
-    for tensor in used:
-        name, at = tensor.name, call.graph.producer(tensor.name)
-        while at is not None and not is_row_count(call.graph.ops[at]):
-            op = call.graph.ops[at]
-            kind = op.target.split(".")[1] if op.target.startswith("aten.") else ""
-            following = kind in ("unsqueeze", "view", "reshape", "to", "_to_copy", "contiguous", "clone", "detach", "alias")
-            if not following or not isinstance(op.args[0], Ref):
-                at = None
-                break
-            name = op.args[0].name
-            at = call.graph.producer(name)
-        if at is not None and sum(size != 1 for size in tensor.shape) == 1:
-            return tensor
-    return None
+def _counts_rows(call: Call, tensor: Tensor) -> bool:
+    """Whether the index is ``arange(batch)``, counted in every microbatch: it takes each sample's own row."""
+    at = call.graph.producer(tensor.name)
+    while at is not None:
+        op = call.graph.ops[at]
+        if op.name not in call.local:
+            return False
+        if is_row_count(op):
+            return True
+        source = op.args[0]
+        at = call.graph.producer(source.name) if isinstance(source, Ref) else None
+    return False

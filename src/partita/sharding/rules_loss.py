@@ -1,4 +1,4 @@
-"""Rules of losses. Reduction 0: none, 1: mean, 2: sum. A mean divides into weighted means, or by a total known early."""
+"""Rules of losses. Reduction 0: none, 1: mean, 2: sum. A mean divides into weighted ones, or by a total."""
 
 from __future__ import annotations
 
@@ -100,9 +100,7 @@ def cross_entropy(call: Call) -> Ruling:
     if reduction != 1:
         return text
     ignored = call.number(4, -100, name="ignore_index")
-    rewrite = Rewrite(
-        "sum_over_total", 3, target.name, weight.name if weight else "", ignored
-    )
+    rewrite = Rewrite("sum_over_total", 3, target.name, weight.name if weight else "", ignored)
     return Ruled(text, rewrite)
 
 

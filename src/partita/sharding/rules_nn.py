@@ -15,7 +15,11 @@ def attention(call: Call) -> Ruling:
     masked = isinstance(call.arg(3, None, name="attn_mask"), Ref)
     mask_dims = len(call.shape(3)) if masked else 0
     if grouped:
-        mask = ", " + " ".join(_ones(call, "x.. [h] [s] [t]".split()[-mask_dims:] if mask_dims < 4 else [])) if masked else ""
+        mask = (
+            ", " + " ".join(_ones(call, ["x..", "[h]", "[s]", "[t]"][-mask_dims:] if mask_dims < 4 else []))
+            if masked
+            else ""
+        )
         if masked and mask_dims >= 4:
             mask = ", x.. [m] [s] [t]"
         return f"x.. [h] {query} [d], x.. [g] [t] [d], x.. [g] [t] [e]{mask} -> x.. [h] {query} [e]"
@@ -69,7 +73,9 @@ def batch_norm(call: Call) -> Ruling:
     others = ", c" * (len(call.operands()) - 1)
     if call.number(5, name="training") and call.batch_norm == "exact":
         if isinstance(call.shape(0)[0], Size):
-            return Refusal("its statistics are over the whole batch (batch_norm='per_microbatch' allows each part its own)")
+            return Refusal(
+                "its statistics are over the whole batch (batch_norm='per_microbatch' allows each part its own)"
+            )
         return f"[b] c [s..]{others} -> [b] c [s..]"
     return f"b c s..{others} -> b c s.."
 

@@ -14,7 +14,7 @@ def _kept(names: list[str], dims: set[int], keepdim: bool) -> str:
 
 
 def _reduced(call: Call, dims_at: int = 1, keep_at: int = 2) -> tuple[list[str], set[int], bool]:
-    """Names of the operand's dims, the dims that go away (all, where none are listed), and whether they stay as ones."""
+    """Names of all dims, the dims that go away (all, where none are listed), and whether they stay as ones."""
     names = labels(len(call.shape(0)))
     listed = call.numbers(dims_at, name="dim")
     dims = dims_of(listed, len(names)) if listed else set(range(len(names)))
@@ -53,7 +53,10 @@ def over_dims(call: Call) -> Ruling:
     return f"{whole(names, dims)} -> {_kept(names, dims, keep)}"
 
 
-@rule_for("max.default min.default all.default any.default prod.default median.default nanmedian.default equal std.default var.default")
+@rule_for(
+    "max.default min.default all.default any.default prod.default median.default nanmedian.default equal "
+    "std.default var.default"
+)
 def over_all(call: Call) -> Ruling:
     """All dims at once."""
     names = labels(len(call.shape(0)))
@@ -85,7 +88,8 @@ def kthvalue(call: Call) -> Ruling:
     return f"{whole(names, dims)} -> {kept}, {kept}"
 
 
-@rule_for("std.dim var.dim std.correction var.correction var_mean.dim std_mean.dim var_mean.correction std_mean.correction "
+@rule_for("std.dim var.dim std.correction var.correction var_mean.dim std_mean.dim var_mean.correction "
+        "std_mean.correction "
           "var_mean.default std_mean.default")  # fmt: skip
 def spread(call: Call) -> Ruling:
     """Variances want their dims whole."""
@@ -98,7 +102,9 @@ def spread(call: Call) -> Ruling:
     return f"{whole(names, dims)} -> {out}" + (f", {out}" if "mean" in kind else "")
 
 
-@rule_for("norm.Scalar norm.ScalarOpt_dim norm.ScalarOpt_dtype norm.ScalarOpt_dim_dtype linalg_vector_norm frobenius_norm.dim")
+@rule_for(
+    "norm.Scalar norm.ScalarOpt_dim norm.ScalarOpt_dtype norm.ScalarOpt_dim_dtype linalg_vector_norm frobenius_norm.dim"
+)
 def norms(call: Call) -> Ruling:
     """Vector norms over the listed dims, or all."""
     *_, kind, overload = call.op.target.split(".")
@@ -116,7 +122,7 @@ def _along(call: Call, at: int, default: int = -1, *, results: int = 1) -> str:
     return f"{whole(names, dims)} -> {', '.join([whole(names, dims)] * results)}"
 
 
-@rule_for("softmax.int log_softmax.int _softmax _log_softmax cumsum cumprod logcumsumexp")
+@rule_for("softmax.int log_softmax.int _softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp")
 def along(call: Call) -> Ruling:
     """One dim whole, the shape kept."""
     return _along(call, 1)

@@ -15,7 +15,7 @@ def _number(dim: Dim) -> int:
 
 @rule_for("view.default reshape _unsafe_view _reshape_alias view_copy.default flatten unflatten.int view_as reshape_as")
 def view(call: Call) -> Ruling:
-    """Runs of dims with equal products; within a run the outermost dim of both sides is the same dim, divided by rows."""
+    """Runs of dims with equal products; in a run the outermost dim of both sides is the same dim, cut by rows."""
     before, after = call.shape(0), call.out()
     text = merge(before, after)
     if text is None:
@@ -95,7 +95,9 @@ def transpose(call: Call) -> Ruling:
         return f"{term(names)} -> {term(names[::-1])} ; linear"
     if len(names) < 2:
         return f"{term(names)} -> {term(names)} ; linear"
-    one, two = (-2, -1) if kind in ("t", "t_copy", "mT", "mH", "adjoint", "matrix_H") else (call.number(1), call.number(2))
+    one, two = (
+        (-2, -1) if kind in ("t", "t_copy", "mT", "mH", "adjoint", "matrix_H") else (call.number(1), call.number(2))
+    )
     after = list(names)
     one, two = one % len(names), two % len(names)
     after[one], after[two] = after[two], after[one]
@@ -156,9 +158,9 @@ def expand(call: Call) -> Ruling:
 def repeat(call: Call) -> Ruling:
     """Copies stand outside the dim they repeat."""
     shape = call.shape(0)
-    times = list(call.numbers(1, name="repeats"))
-    times = [1] * (len(call.out()) - len(times)) + times
-    old: list[Dim] = [1] * (len(times) - len(shape)) + list(shape)
+    given_times = list(call.numbers(1, name="repeats"))
+    times: list[Dim] = [*[1] * (len(call.out()) - len(given_times)), *given_times]
+    old: list[Dim] = [*[1] * (len(times) - len(shape)), *shape]
     left, right = [], []
     for i, (size, count) in enumerate(zip(old, times, strict=True)):
         both = size != 1 and count != 1
@@ -177,8 +179,10 @@ def repeat_interleave(call: Call) -> Ruling:
     dim = call.arg(2, None, name="dim")
     count = call.arg(1)
     if not isinstance(dim, int) or not isinstance(count, int):
-        return Refusal("it repeats a number of times that follows the batch") if isinstance(dim, int) else (
-            f"{whole(names, set(range(len(names))))} -> [r]"
+        return (
+            Refusal("it repeats a number of times that follows the batch")
+            if isinstance(dim, int)
+            else (f"{whole(names, set(range(len(names))))} -> [r]")
         )
     at = dim % len(names)
     if shape[at] == 1:

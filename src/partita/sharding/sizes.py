@@ -7,10 +7,41 @@ from collections.abc import Iterator
 from partita.graph import Arg, Op, Size
 
 _TRUE_SIZES = frozenset(
-    "view reshape _unsafe_view unflatten expand broadcast_to repeat tile view_copy expand_copy _reshape_alias "
-    "new_zeros new_ones new_full new_empty zeros ones full empty rand randn randint arange "
-    "slice narrow conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d "
-    "affine_grid_generator".split()
+    [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "unflatten",
+        "expand",
+        "broadcast_to",
+        "repeat",
+        "tile",
+        "view_copy",
+        "expand_copy",
+        "_reshape_alias",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "zeros",
+        "ones",
+        "full",
+        "empty",
+        "rand",
+        "randn",
+        "randint",
+        "arange",
+        "slice",
+        "narrow",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "affine_grid_generator",
+    ]
 )
 
 
