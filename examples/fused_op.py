@@ -1,8 +1,8 @@
 """A custom fused operator joins in: one line says how its dims follow the inputs', and the rest is automatic.
 
 Here convolution, bias and ReLU are one ``torch.library.custom_op`` with its own backward. Without the rule partita
-would not guess: the op would run on the whole batch at once. Dims in brackets are needed whole; n (samples) and k (channels
-made) may be divided.
+would not guess: the op would run on the whole batch at once. Dims in brackets are needed whole; n (samples) and
+k (channels made) may be divided.
 """
 
 import torch

@@ -65,7 +65,7 @@ def same_numbers(make: Callable[[], nn.Module], inputs: Callable[[int], tuple[to
         values = run(leaves)
         outputs = [values[name] for name in graph.outputs]
         torch.manual_seed(2)
-        loss = sum((out * torch.rand_like(out)).sum() for out in outputs if out.requires_grad)
+        loss = sum((out * torch.rand(out.shape)).sum() for out in outputs if out.requires_grad)
         assert isinstance(loss, torch.Tensor)
         loss.backward()
         state = {k: v.grad if v.requires_grad else v for k, v in leaves.items()}

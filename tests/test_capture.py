@@ -1,4 +1,4 @@
-"""Capture: what a graph holds equals the model on other inputs and other random numbers, bit for bit, or there is none."""
+"""Capture: a graph equals the model on other inputs and other random numbers, bit for bit, or there is none."""
 
 from __future__ import annotations
 
@@ -236,7 +236,8 @@ def _constant_changed(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _two_noises(m: Any, x: torch.Tensor) -> torch.Tensor:
     y = m.a(x)
-    y = y + torch.randn_like(y) * 0.1 + torch.rand(y.shape) + torch.empty(8).normal_() + torch.bernoulli(torch.full((8,), 0.5))
+    y = y + torch.randn_like(y) * 0.1 + torch.rand(y.shape) + torch.empty(8).normal_()
+    y = y + torch.bernoulli(torch.full((8,), 0.5))
     return F.dropout(y, 0.3) * (torch.randperm(8) + torch.randint(0, 5, (8,)))
 
 
@@ -268,12 +269,15 @@ def _caught(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 GRAPHS: dict[str, Build] = {
-    "mlp": lambda: (nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4)), (torch.randn(6, 8),), {}),
+    "mlp": lambda: (nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4)),
+                    (torch.randn(6, 8),), {}),
     "cnn with batch norm": lambda: (
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(0.3), nn.Flatten(),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(0.3),
+                      nn.Flatten(),
                       nn.Linear(36, 5)), (torch.randn(4, 3, 8, 8),), {}),
     "gpt, tied, sdpa dropout": gpt,
-    "instance norm with statistics": lambda: (nn.InstanceNorm1d(3, affine=True, track_running_stats=True), (torch.randn(4, 3, 5),), {}),
+    "instance norm with statistics": lambda: (nn.InstanceNorm1d(3, affine=True, track_running_stats=True),
+                                              (torch.randn(4, 3, 5),), {}),
     "lstm with dropout": lambda: (nn.LSTM(8, 8, 2, dropout=0.3, batch_first=True), (torch.randn(4, 5, 8),), {}),
     "gru, bidirectional": lambda: (nn.GRU(8, 4, bidirectional=True), (torch.randn(5, 4, 8),), {}),
     "transformer layer": lambda: (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (torch.randn(4, 5, 8),), {}),
@@ -286,7 +290,8 @@ GRAPHS: dict[str, Build] = {
     "custom autograd function": of(lambda m, x: m.b(Sign.apply(m.a(x))), a=linear, b=linear),
     "autograd function that draws": of(lambda m, x: F.dropout(Noisy.apply(m.a(x)), 0.1), a=linear),
     "checkpoint": of(lambda m, x: checkpoint(m.b, m.a(x), use_reentrant=False), 4, 3, 8, a=linear, b=lambda: Block(8)),
-    "checkpoint, reentrant": of(lambda m, x: checkpoint(m.b, m.a(x), use_reentrant=True), 4, 3, 8, a=linear, b=lambda: Block(8)),
+    "checkpoint, reentrant": of(
+        lambda m, x: checkpoint(m.b, m.a(x), use_reentrant=True), 4, 3, 8, a=linear, b=lambda: Block(8)),
     "checkpoint, reentrant, no gradient into it": of(
         lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=True)), a=linear, b=linear),
     "no_grad inside": of(lambda m, x: m.b(_frozen(m.a, x)), a=linear, b=linear),
@@ -307,7 +312,8 @@ GRAPHS: dict[str, Build] = {
     "gradient inside as one piece": of(lambda m, x: m.v(m.a(x)), a=linear, v=lambda: Fn(_force, w=linear())),
     "channels last": lambda: (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.4)),
                               (torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last),), {}),
-    "half precision": lambda: (nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.4)).bfloat16(), (torch.randn(4, 8).bfloat16(),), {}),
+    "half precision": lambda: (nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.4)).bfloat16(),
+                               (torch.randn(4, 8).bfloat16(),), {}),
     "batch of one": lambda: (GPT(), (torch.randint(0, 50, (1, 12)),), {}),
     "autocast inside": of(lambda m, x: _autocast(m, x), a=linear, b=linear, n=lambda: nn.LayerNorm(8)),
     "buffer dtype and scalar output": of(lambda m, x: (m.a(x).sum(), x.shape[1], None, "text"), a=linear),
@@ -593,9 +599,7 @@ def test_custom_ops_stay_whole() -> None:
         g = g * (y > 0)
         return g @ w.T, x.T @ g
 
-    fused.register_autograd(
-        backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output)
-    )
+    fused.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output))
     captured = check(of(lambda m, x: fused(x, m.a.weight), a=linear))
     assert [op.target for op in captured.graph.ops] == ["partita_tests.fused.default"]
     assert resolve("partita_tests.fused.default") is torch.ops.partita_tests.fused.default

@@ -195,7 +195,9 @@ def test_an_optimizer_step_between_forward_and_backward_is_an_error_that_names_t
 
 
 def test_recomputation_gives_the_same_numbers_with_dropout_and_batch_norm() -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 8), nn.Linear(8, 4))
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 8), nn.Linear(8, 4)
+    )
     other = copy.deepcopy(model)
     x, t = batch()
     parallel = divided(other, (x,), at=["4"], microbatches=4, recompute=("0", "1", "2", "3", "4", "5"))
@@ -279,7 +281,9 @@ def test_double_precision_works_after_the_model_was_moved() -> None:
 
 
 def test_other_batch_sizes_and_sequence_lengths_are_captured_once_each() -> None:
-    model = nn.Sequential(nn.Embedding(9, 6), nn.TransformerEncoderLayer(6, 2, 12, 0.0, batch_first=True), nn.Linear(6, 3))
+    model = nn.Sequential(
+        nn.Embedding(9, 6), nn.TransformerEncoderLayer(6, 2, 12, 0.0, batch_first=True), nn.Linear(6, 3)
+    )
     parallel = divided(model, (torch.randint(0, 9, (4, 5)),), at=["2"], microbatches=2)
     shapes = [(4, 5), (3, 5), (4, 7), (1, 2)]
     for _ in range(2):

@@ -133,6 +133,7 @@ class _Run:
         moved = sum(3.0 * (len(devices) - 1) * size_of[name] for name, devices in users.items())
         if not moved:
             return
+        self.memory.reduce(max(size_of[name] for name, devices in users.items() if len(devices) > 1))
         start = max(self.clock.values())
         speed = sum(self.cluster.device(d).memory_bandwidth for d in self.clock)
         for device in self.clock:
@@ -163,8 +164,11 @@ class _Memory:
             for name, (size, trains) in parameters.items():
                 mine = owner.setdefault(name, device) == device if shares_memory(device) else True
                 gradient = size if trains and program.train else 0
-                self.now[device] += (size + factor * gradient if mine else 0) + gradient
+                self.now[device] += size + factor * gradient if mine else 0
         self.peak = dict(self.now)
+        self.made: dict[str, set[str]] = {device: set() for device in devices}
+        self.late: dict[tuple[int, str], float] = {}
+        self.waiting: dict[tuple[int, str], int] = {}
         self.boundary: dict[tuple[str, int], float] = {}
 
     def _add(self, device: str, change: float, transient: float = 0.0) -> None:
@@ -186,9 +190,41 @@ class _Memory:
             self._add(device, saved if self.program.train else 0.0, transient)
             ends = not self.program.train
         else:
-            self._add(device, 0.0, transient if item.kind == "B" else 0.0)
             ends = (item.kind == "W") == splits_backward
-            if ends:
-                self._add(device, -saved)
+            self._gradients(device, item, cost, samples, splits_backward, transient)
+            if item.kind == "B" and splits_backward:
+                held = max(cost.owed.at(samples), 0.0)
+                self._add(device, held - saved)
+            elif ends:
+                self._add(device, -(max(cost.owed.at(samples), 0.0) if splits_backward else saved))
         if ends:
             self._add(device, -self.boundary.pop((device, item.microbatch), 0.0))
+
+    def _gradients(
+        self, device: str, item: Instruction, cost: SegmentCost, samples: int, splits_backward: bool, transient: float
+    ) -> None:
+        """What the first backward of a segment adds for good, and the peak while it comes."""
+        key = (item.segment, device)
+        if item.kind == "W":
+            waiting = self.waiting.get(key, samples)
+            self.waiting[key] = waiting - samples
+            several = cost.joined.at(waiting) if waiting > samples else 0.0
+            self._add(device, self.late.pop(key, 0.0), max(transient, several))
+            return
+        if splits_backward:
+            self.waiting[key] = self.waiting.get(key, 0) + samples
+        fresh = {name: size for name, size, trains in cost.parameters if trains and name not in self.made[device]}
+        self.made[device].update(fresh)
+        total = float(sum(fresh.values()))
+        if splits_backward:
+            self.late[key] = self.late.get(key, 0.0) + min(float(cost.later), total)
+            total -= min(float(cost.later), total)
+        lines = cost.climb if fresh and not splits_backward else cost.surge
+        rise = max((line.at(samples) for line in lines), default=0.0)
+        self._add(device, 0.0, max(rise, 0.0) + transient)
+        self.now[device] += total  # what is saved goes in the same moment
+
+    def reduce(self, largest: float) -> None:
+        """While replicas' gradients are added, another's stands beside a device's own."""
+        for device in self.now:
+            self._add(device, 0.0, largest)

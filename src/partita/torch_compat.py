@@ -46,6 +46,7 @@ __all__ = [
     "has_grad_hooks",
     "no_modes",
     "pytree",
+    "safe_softmax",
     "storage_key",
     "version",
     "without_pre_dispatch",
@@ -56,11 +57,11 @@ __all__ = [
 OpOverload = torch._ops.OpOverload
 
 
-class PreDispatchMode(SchemaCheckMode):
+class PreDispatchMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
     """A mode that sees ops before autograd and before composite ops fall apart. Public: none."""
 
     def __init__(self) -> None:
-        TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
+        TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -72,9 +73,14 @@ def storage_key(tensor: torch.Tensor) -> int:
     return cast(int, tensor.untyped_storage()._cdata)
 
 
+def safe_softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last dim; rows of -inf give zeros, as inside attention. Public: none."""
+    return cast(torch.Tensor, torch.ops.aten._safe_softmax.default(scores, -1))
+
+
 def version(tensor: torch.Tensor) -> int:
     """How often the tensor was changed in place. Public: none."""
-    return cast(int, tensor._version)
+    return tensor._version
 
 
 def decomposes(op: Any) -> bool:
@@ -133,14 +139,14 @@ def no_modes() -> Iterator[None]:
 @contextmanager
 def without_pre_dispatch() -> Iterator[None]:
     """Ops inside are not seen by the PreDispatchMode above; fake tensors stay fake. Public: none."""
-    if torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0:
+    if torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0:  # type: ignore[no-untyped-call]
         yield
         return
-    mode = torch._ops._pop_mode_from_pre_dispatch()
+    mode = torch._ops._pop_mode_from_pre_dispatch()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        torch._ops._set_mode_pre_dispatch(mode)
+        torch._ops._set_mode_pre_dispatch(mode)  # type: ignore[no-untyped-call]
 
 
 def has_grad_hooks(parameter: torch.Tensor) -> bool:

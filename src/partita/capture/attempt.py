@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from partita.capture.captured import Captured
-from partita.capture.guards import make_guards
+from partita.capture.frames import line_of, line_of_forward
 from partita.capture.generalise import Disagree, Line, build, extrapolates, join, live, own_constants
+from partita.capture.guards import make_guards
+from partita.capture.memory import Change, Effect, Spoilt, Tally, keep_buffers, memo_of_tensors, step_of
+from partita.capture.opaque import substituted
 from partita.capture.randomness import separate
+from partita.capture.records import Break, Call, Trace
+from partita.capture.shadow import Shadow
 from partita.capture.state import ModuleState, same_random_numbers
 from partita.capture.structure import Structure, put_together, take_apart
-from partita.capture.frames import line_of, line_of_forward
-from partita.capture.opaque import substituted
-from partita.capture.records import Break, Call, Trace
-from partita.capture.memory import Change, Effect, Spoilt, Tally, keep_buffers, memo_of_tensors, step_of
-from partita.capture.shadow import Shadow
 from partita.capture.tracer import Draws, Tracer
 from partita.errors import CaptureError
 
@@ -39,7 +39,8 @@ def capture(
     """The Graph of ``forward(*args, **kwargs)`` (default: the model itself), and what running it needs.
 
     The model, its buffers and all random generators are afterwards what they were. Raises CaptureError where even
-    running the model as it is cannot work. Without ``guards`` a module that reads values of the inputs runs as one piece.
+    running the model as it is cannot work. Without ``guards`` a module that reads values of the inputs runs as one
+    piece.
     """
     return _Capture(model, tuple(args), dict(kwargs or {}), forward or model, guards).result()
 
@@ -88,7 +89,7 @@ class _Capture:
                 if reason:
                     if self.meta:
                         raise CaptureError(
-                            f"{found}: the model reads values, and a model or inputs without data (device 'meta') have none. "
+                            f"{found}: values are read, and a model or inputs without data (device 'meta') have none. "
                             "Give real example inputs and parameters, or take the read out of forward."
                         ) from None
                     if found.__cause__ is not None and (problem := self.fails_for_real()):
@@ -103,7 +104,9 @@ class _Capture:
         state = ModuleState(self.model)
         own = list(self.tensors.values())
         copies = [t.detach().clone().requires_grad_(t.requires_grad) for t in own]
-        args, kwargs = put_together(self.structure, [t.detach().clone().requires_grad_(t.requires_grad) for t in self.leaves])
+        args, kwargs = put_together(
+            self.structure, [t.detach().clone().requires_grad_(t.requires_grad) for t in self.leaves]
+        )
         try:
             with substituted(self.model, own, copies):
                 self.forward(*args, **kwargs)
@@ -162,7 +165,9 @@ class _Capture:
                 raise Break(f"{read.what} reads the buffer {name}, which forward changes,", read.module, read.source)
         return trace, own_constants(trace, separate(trace))
 
-    def run(self, leaves: list[torch.Tensor], *, watch: bool = False, instead: Mapping[int, Any] | None = None) -> Tracer:
+    def run(
+        self, leaves: list[torch.Tensor], *, watch: bool = False, instead: Mapping[int, Any] | None = None
+    ) -> Tracer:
         """As ``recorded``; an error of the user's code becomes a Break in the module it came from."""
         tracer = Tracer(self.model, pieces=self.pieces.paths, guards=self.guards, watch=watch)
         try:
@@ -199,7 +204,7 @@ class _Capture:
             kind = memo_of_tensors(tracer, state.modules[path], attribute)
             if kind == "state":  # fine where forward makes it anew before it looks: spoilt for the second run
                 spoilt.append((path, attribute))
-                vars(state.modules[path])[attribute] = Spoilt()
+                state.modules[path].__dict__[attribute] = Spoilt()
             if kind == "memo":  # made of nothing but shapes: made anew by each run
                 state.put_back(path, attribute)
                 again.append((path, attribute))
@@ -227,7 +232,7 @@ class _Capture:
         """Numbers that grow by the same step in each call: allowed if forward does nothing else with them."""
         state.restore()
         for path, attribute in steps:
-            vars(state.modules[path])[attribute] = Tally(0, partial(tracer.stop, module=path))
+            state.modules[path].__dict__[attribute] = Tally(0, partial(tracer.stop, module=path))
         third = self.run(leaves)
         for (path, attribute), step in steps.items():
             tally = vars(state.modules[path]).get(attribute)
@@ -328,7 +333,9 @@ def named_tensors(model: nn.Module) -> tuple[dict[str, tuple[torch.Tensor, str]]
     found: dict[str, tuple[torch.Tensor, str]] = {}
     first: dict[int, str] = {}
     ties = []
-    every = [(n, t, "parameter") for n, t in model.named_parameters(remove_duplicate=False)]
+    every: list[tuple[str, torch.Tensor, str]] = [
+        (n, t, "parameter") for n, t in model.named_parameters(remove_duplicate=False)
+    ]
     every += [(n, t, "buffer") for n, t in model.named_buffers(remove_duplicate=False)]
     for name, tensor, role in every:
         if id(tensor) in first:

@@ -19,9 +19,9 @@ class Captured:
     """What ``capture`` found.
 
     ``live``: '' where ``graph`` holds the model's ops; otherwise the reason why the model must run as it is (``graph``
-    is then without ops: names, shapes, ties only). ``opaques``: ``opaque:N`` -> ``f(*tensors, reads=[...]) -> tuple`` of
-    tensors. ``constants``: by Graph tensor name. ``inputs``: names of the tensor leaves of a call, in order.
-    ``guards``: values the graph was made for. ``effects``: counters on modules that each call moves on.
+    is then without ops: names, shapes, ties only). ``opaques``: ``opaque:N`` -> ``f(*tensors, reads=[...])``, which
+    gives a tuple of tensors. ``constants``: by Graph tensor name. ``inputs``: names of the tensor leaves of a call, in
+    order. ``guards``: values the graph was made for. ``effects``: counters on modules that each call moves on.
     """
 
     graph: Graph

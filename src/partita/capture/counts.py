@@ -12,9 +12,11 @@ Shape = tuple[int, ...]
 ShapeOf = Callable[[str], Shape]
 
 _FREE = {
-    "view", "reshape", "permute", "transpose", "t", "expand", "expand_as", "slice", "select", "split", "chunk", "unbind",
+    "view", "reshape", "permute", "transpose", "t", "expand", "expand_as", "slice", "select", "split", "chunk",
+    "unbind",
     "squeeze", "unsqueeze", "flatten", "unflatten", "detach", "alias", "as_strided", "empty", "empty_like", "narrow",
-    "numpy_T", "view_as", "reshape_as", "split_with_sizes", "movedim", "diagonal", "swapaxes", "lift_fresh", "tensor_split",
+    "numpy_T", "view_as", "reshape_as", "split_with_sizes", "movedim", "diagonal", "swapaxes", "lift_fresh",
+    "tensor_split",
     "broadcast_to", "view_as_real", "view_as_complex", "real", "imag", "contiguous", "unfold_view", "dropout",
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def encode(value: Any, name_of: Callable[[torch.Tensor], str]) -> Arg:
     raise NotEncodable(type(value).__name__)
 
 
-@lru_cache(maxsize=None)
+@cache
 def decode_symbol(symbol: Symbol) -> Any:
     """``Symbol('torch.float32')`` -> ``torch.float32``; ``Symbol('device:cpu')`` -> the device."""
     if symbol.text.startswith("device:"):
@@ -57,7 +57,7 @@ def decode(arg: Arg, tensors: Mapping[str, Any], batch: int) -> Any:
     return arg
 
 
-@lru_cache(maxsize=None)
+@cache
 def resolve(target: str) -> Callable[..., Any]:
     """``aten.linear.default`` -> ``torch.ops.aten.linear.default``; any registered namespace works."""
     namespace, name, overload = target.split(".", 2)

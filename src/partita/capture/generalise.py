@@ -29,7 +29,9 @@ class Line:
         if rest:
             raise Disagree(f"{what} is {x} at batch {self.a} and {y} at batch {self.b}: not a straight line")
         if x < slope * self.a:  # x * x would look so
-            raise Disagree(f"{what} is {x} at batch {self.a} and {y} at batch {self.b}: not a straight line from zero up")
+            raise Disagree(
+                f"{what} is {x} at batch {self.a} and {y} at batch {self.b}: not a straight line from zero up"
+            )
         return Size(x - slope * self.a, slope)
 
     def arg(self, x: Arg, y: Arg, what: str) -> Arg:
@@ -48,15 +50,15 @@ class Line:
 
     def call(self, x: Call, y: Call) -> Call:
         if replace(x, args=(), kwargs=()) != replace(y, args=(), kwargs=()):
-            raise Disagree(f"{x.name} ({x.target}) at batch {self.a} is {y.name} ({y.target}) at batch {self.b}, {x.source}")
+            raise Disagree(
+                f"{x.name} ({x.target}) at batch {self.a} is {y.name} ({y.target}) at batch {self.b}, {x.source}"
+            )
         what = f"{x.target} ({x.source})"
         args = self.arg(x.args, y.args, what)
         names = tuple(k for k, _ in x.kwargs)
         if names != tuple(k for k, _ in y.kwargs):
             raise Disagree(f"{what} takes other keywords at batch {self.b}")
-        kwargs = tuple(
-            (k, self.arg(i, j, what)) for (k, i), (_, j) in zip(x.kwargs, y.kwargs, strict=True)
-        )
+        kwargs = tuple((k, self.arg(i, j, what)) for (k, i), (_, j) in zip(x.kwargs, y.kwargs, strict=True))
         assert isinstance(args, tuple)
         return replace(x, args=args, kwargs=kwargs)
 
@@ -76,7 +78,9 @@ def join(a: Trace, calls_a: list[Call], b: Trace, calls_b: list[Call], line: Lin
     """The calls with Sizes, and the shape of every value with Sizes. Raises Disagree."""
     if len(calls_a) != len(calls_b):
         first = next((x for x, y in zip(calls_a, calls_b, strict=False) if x.target != y.target), calls_a[-1])
-        raise Disagree(f"{len(calls_a)} ops at batch {line.a}, {len(calls_b)} at batch {line.b}; first at {first.source}")
+        raise Disagree(
+            f"{len(calls_a)} ops at batch {line.a}, {len(calls_b)} at batch {line.b}; first at {first.source}"
+        )
     calls = [line.call(x, y) for x, y in zip(calls_a, calls_b, strict=True)]
     if a.outputs != b.outputs:
         raise Disagree("the model returns other tensors")
@@ -132,8 +136,8 @@ def own_constants(trace: Trace, calls: list[Call]) -> list[Call]:
 
 
 def build(
-    name: str, trace: Trace, calls: list[Call], shapes: dict[str, Any], *, batch: int, ties: tuple[tuple[str, str], ...],
-    mode: str, notes: tuple[str, ...],
+    name: str, trace: Trace, calls: list[Call], shapes: dict[str, Any], *, batch: int,
+    ties: tuple[tuple[str, str], ...],    mode: str, notes: tuple[str, ...],
 ) -> Graph:  # fmt: skip
     """The Graph of a trace. ``shapes`` overrides those that follow the batch."""
     used = {r for c in calls for r in (*refs(c.args), *(n for _, v in c.kwargs for n in refs(v)), *c.reads, *c.outputs)}

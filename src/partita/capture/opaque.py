@@ -57,7 +57,8 @@ class Opaque:
         if not alike(self.result, structure):
             problem = "it returned another structure, or other numbers inside it"
         elif self.shapes and not _fit(self.shapes, [tuple(t.shape) for t in found]):
-            problem = f"it returned shapes {[tuple(t.shape) for t in found]}, the graph was made for {list(self.shapes)}"
+            shapes = [tuple(t.shape) for t in found]
+            problem = f"it returned shapes {shapes}, the graph was made for {list(self.shapes)}"
         if problem:
             raise ExecutionError(
                 f"{self.label} runs as one piece ({self.source}), and its answer depends on values: {problem}. "
@@ -116,7 +117,8 @@ def substituted(module: nn.Module, own: Sequence[torch.Tensor], reads: Sequence[
         undo: list[tuple[dict[str, Any], str, Any, Any]] = []
         lists: list[tuple[nn.Module, list[Any]]] = []
         for part in module.modules():
-            for registry in (part._parameters, part._buffers):
+            registries: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for registry in registries:
                 for key, old in list(registry.items()):
                     if old is not None and id(old) in instead:
                         undo.append((registry, key, old, instead[id(old)]))
@@ -151,10 +153,13 @@ def alike(a: Structure, b: Structure) -> bool:
             return False
         if x.kind == "tensor" and x.value != y.value:
             return False
-        if x.kind == "atom" and isinstance(x.value, _PLAIN):
-            if type(x.value) is not type(y.value) or not (x.value == y.value or x.value != x.value):
-                return False
+        if x.kind == "atom" and isinstance(x.value, _PLAIN) and not _equal(x.value, y.value):
+            return False
     return True
+
+
+def _equal(x: Any, y: Any) -> bool:
+    return type(x) is type(y) and bool(x == y or x != x)
 
 
 def _fit(expected: tuple[tuple[Dim, ...], ...], found: list[tuple[int, ...]]) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from partita import torch_compat as tc
 from partita.capture.pieces import function_piece, method_piece, module_piece
+from partita.capture.reading import read_tensor
 
 if TYPE_CHECKING:
     from partita.capture.tracer import Tracer
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 # Methods of Tensor that leave the world of ops, or whose effect a graph cannot repeat.
 _OUTSIDE = {
     "__dlpack__", "data_ptr", "storage", "untyped_storage", "__deepcopy__", "register_hook",
-    "register_post_accumulate_grad_hook", "retain_grad", "backward", "__reduce_ex__", "share_memory_", "resize_", "set_",
+    "register_post_accumulate_grad_hook", "retain_grad", "backward", "__reduce_ex__", "share_memory_", "resize_",
+    "set_",
 }  # fmt: skip
 _active = threading.local()
 
@@ -46,7 +48,7 @@ class FunctionCalls(tc.TorchFunctionMode):
                 return None
             raise tracer.stop(f"Tensor.{attribute} is assigned")
         elif name in ("tolist", "numpy", "__array__"):
-            return tracer.read_tensor(name, args[0])
+            return read_tensor(tracer, name, args[0])
         elif name == "requires_grad_":
             if not self.harmless(args[0], args[1] if len(args) > 1 else kwargs.get("requires_grad", True)):
                 raise tracer.stop("Tensor.requires_grad_ changes what gradients flow")
@@ -56,7 +58,7 @@ class FunctionCalls(tc.TorchFunctionMode):
         return func(*args, **kwargs)
 
     def harmless(self, tensor: torch.Tensor, wanted: Any) -> bool:
-        """Whether setting ``requires_grad`` changes nothing anyone sees: an inner tensor wants a gradient of its own."""
+        """Whether setting ``requires_grad`` changes nothing anyone sees: an inner tensor wants a gradient."""
         if tensor.requires_grad == wanted:
             return True
         inner = bool(wanted) and id(tensor) not in self.tracer.originals

@@ -119,7 +119,9 @@ def _piece(tracer: Tracer, path: str, module: nn.Module | None, own: Owned, make
         tracer.inside -= 1
 
 
-def _recorded(tracer: Tracer, path: str, module: nn.Module | None, own: Owned, make: Any, args: Any, kwargs: Any) -> Any:
+def _recorded(
+    tracer: Tracer, path: str, module: nn.Module | None, own: Owned, make: Any, args: Any, kwargs: Any
+) -> Any:
     leaves, arguments = take_apart((args, kwargs))
     if any(n.kind == "atom" and isinstance(n.value, nn.Module) for n in arguments.nodes):
         raise tracer.stop("a module is passed to a piece that runs as one op", outer(path))
@@ -150,8 +152,8 @@ def _recorded(tracer: Tracer, path: str, module: nn.Module | None, own: Owned, m
     if module is not None and module.training:
         writes.update(dict.fromkeys(n for n, (_, _, fake) in zip(reads, own, strict=True)
                                     if tracer.trace.values[n].role == "buffer"))  # fmt: skip
-    answers = _imitate(tracer, results, dict(zip(map(id, (*real_args, *real_own)), (*fakes, *_own_fakes(own)), strict=True)),
-                       [*zip(real_args, fakes, strict=True), *zip(real_own, _own_fakes(own), strict=True)])  # fmt: skip
+    pairs = [*zip(real_args, fakes, strict=True), *zip(real_own, _own_fakes(own), strict=True)]
+    answers = _imitate(tracer, results, pairs)
     opaque.result = structure
     target = f"opaque:{len(tracer.trace.opaques)}"
     tracer.trace.opaques[target] = opaque
@@ -232,9 +234,10 @@ def _other(tensor: torch.Tensor) -> torch.Tensor:
     return new.requires_grad_(tensor.requires_grad)
 
 
-def _imitate(tracer: Tracer, results: list[Any], same: dict[int, Any], views: list[tuple[Any, Any]]) -> list[Any]:
+def _imitate(tracer: Tracer, results: list[Any], pairs: list[tuple[Any, Any]]) -> list[Any]:
     """Fake tensors for real results: the argument itself, a view of an argument, or new memory."""
-    by_storage = {tc.storage_key(real): fake for real, fake in reversed(views)}
+    same = {id(real): fake for real, fake in pairs}
+    by_storage = {tc.storage_key(real): fake for real, fake in reversed(pairs)}
     made: list[Any] = []
     tracer.inside += 1
     try:

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import replace
 
 import torch
 
+from partita import torch_compat as tc
 from partita.capture.records import Call, Trace, Value, packet
 from partita.graph import Arg, Ref, Symbol
 
@@ -80,8 +81,8 @@ def may_draw(call: Call) -> bool:
 
 def memory_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
     """Dims of ``empty_like`` of such a tensor, slowest in memory first."""
-    like = torch.empty_like(torch.empty_strided(shape, stride, device="meta"))
-    return tuple(sorted(range(len(shape)), key=lambda d: (-like.stride(d), like.shape[d] == 1, d)))
+    like: torch.Tensor = torch.empty_like(torch.empty_strided(shape, stride, device="meta"))
+    return tuple(sorted(range(len(shape)), key=lambda d: (-int(like.stride()[d]), like.shape[d] == 1, d)))
 
 
 def separate(trace: Trace) -> list[Call]:
@@ -90,7 +91,7 @@ def separate(trace: Trace) -> list[Call]:
     for call in trace.calls:
         kind = packet(call.target).removeprefix("aten.")
         if kind not in ("dropout", "dropout_", "feature_dropout", "feature_dropout_"):
-            calls.append(_with(call, random=True) if draws(call) else call)
+            calls.append(replace(call, random=True) if draws(call) else call)
             continue
         source, p, train = call.args[0], _arg(call, 1, "p", 0.5), _arg(call, 2, "train", False)
         assert isinstance(source, Ref) and isinstance(p, int | float)
@@ -114,7 +115,7 @@ def _noise_and_product(trace: Trace, call: Call, value: Value, p: float, kind: s
     yield Call(name, "partita.dropout_noise", (shape, Symbol(f"torch.{value.dtype}"), p, order), (), (name,),
                call.module, call.source, grad=False, random=True)  # fmt: skip
     target = "aten.mul_.Tensor" if kind.endswith("_") else "aten.mul.Tensor"
-    yield _with(call, target=target, args=(call.args[0], Ref(name)), kwargs=())
+    yield replace(call, target=target, args=(call.args[0], Ref(name)), kwargs=())
 
 
 def _strides(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
@@ -123,12 +124,6 @@ def _strides(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
         strides[dim] = step
         step *= shape[dim]
     return tuple(strides)
-
-
-def _with(call: Call, **changes: Any) -> Call:
-    from dataclasses import replace
-
-    return replace(call, **changes)
 
 
 def sdpa_with_dropout(
@@ -154,6 +149,6 @@ def sdpa_with_dropout(
     weights = torch.matmul(query, key.transpose(-2, -1) * factor)
     if attn_mask is not None:
         weights = weights.add(attn_mask)
-    weights = torch.ops.aten._safe_softmax.default(weights, -1)
+    weights = tc.safe_softmax(weights)
     weights = torch.dropout(weights, dropout_p, True)
     return torch.matmul(weights, value).to(origin)

@@ -32,7 +32,8 @@ class Generators:
 
     @classmethod
     def save(cls) -> Generators:
-        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+        started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        cuda = tuple(torch.cuda.get_rng_state_all()) if started else ()
         numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
         return cls(torch.get_rng_state(), cuda, random.getstate(), numpy)
 
@@ -43,7 +44,6 @@ class Generators:
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
-
 
     def same(self, other: Generators) -> bool:
         """Whether nothing was drawn between the two."""
@@ -163,10 +163,11 @@ class ModuleState:
 
     def changes(self) -> list[tuple[str, str]]:
         """(module path, attribute) of everything that is no longer what it was."""
-        found = []
+        found: list[tuple[str, str]] = []
         for path, module in self.modules.items():
             now, then = self._picture(module), self.digests[path]
-            found.extend((path, k) for k in dict.fromkeys([*then, *now]) if now.get(k, _MISSING) != then.get(k, _MISSING))
+            both = dict.fromkeys([*then, *now])
+            found.extend((path, k) for k in both if now.get(k, _MISSING) != then.get(k, _MISSING))
             if set(module._modules) != set(self.registries[path][2]):
                 found.append((path, "_modules"))
         return found
@@ -179,18 +180,18 @@ class ModuleState:
         """Restore one attribute, with the contents of the containers in it."""
         memo: dict[int, Any] = {}
         if attribute in self.attributes[path]:
-            vars(self.modules[path])[attribute] = self.attributes[path][attribute]
+            self.modules[path].__dict__[attribute] = self.attributes[path][attribute]
             _copy_container(self.attributes[path][attribute], self.DEPTH, memo)
             for key in memo:
                 if key in self.contents:
                     _put_back(*self.contents[key])
         else:
-            vars(self.modules[path]).pop(attribute, None)
+            self.modules[path].__dict__.pop(attribute, None)
 
     def restore(self) -> None:
         """Put every attribute and container back. Parameters and buffers: the same objects as before."""
         for path, module in self.modules.items():
-            now = vars(module)
+            now = module.__dict__
             for key in [k for k in now if k not in _REGISTRIES and k not in self.attributes[path]]:
                 del now[key]
             now.update(self.attributes[path])

@@ -21,76 +21,15 @@ from partita import torch_compat as tc
 from partita.capture import randomness
 from partita.capture.encode import NotEncodable, encode
 from partita.capture.frames import TORCH, user_line
-from partita.capture.records import Break, Call, Read, Trace, Value, flat, packet
+from partita.capture.reading import execute, read
+from partita.capture.records import Break, Call, Trace, Value, flat, packet
 from partita.capture.shadow import Shadow
 from partita.capture.state import python_draws
-from partita.graph import Arg, Ref, refs
-
-# Ops that answer with a number instead of a tensor, from metadata alone: never recorded.
-_METADATA = {
-    "prim.device", "aten.size", "aten.sym_size", "aten.sym_stride", "aten.sym_numel", "aten.sym_storage_offset",
-    "aten.dim", "aten.stride", "aten.numel", "aten.is_contiguous", "aten.is_same_size", "aten.storage_offset",
-    "aten.is_complex", "aten.is_floating_point", "aten.is_signed", "aten.is_nonzero_meta", "aten.is_inference",
-    "aten._version", "aten.is_leaf", "aten.output_nr", "aten.result_type", "aten.can_cast", "aten.promote_types",
-    "aten.is_conj", "aten.is_neg", "aten.is_pinned", "aten._has_compatible_shallow_copy_type",
-    "aten.sym_is_contiguous", "aten.is_non_overlapping_and_dense", "aten.is_strides_like_format",
-    "aten.__dispatch_is_coalesced", "aten.get_device", "aten.is_distributed", "aten._fw_primal_meta",
-    "aten._nested_tensor_size_meta", "prim.layout", "aten._is_zerotensor", "aten._debug_has_internal_overlap",
-    "aten._use_cudnn_ctc_loss", "aten._use_miopen_ctc_loss", "aten._chunk_cat_meta", "aten.is_set_to",
-}  # fmt: skip
-
-# Ops whose answer depends on the values of a tensor.
-_READS = {
-    "aten.item", "aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.allclose",
-}  # fmt: skip
-
-# Reads of values through Python's own protocols, and what they give.
-_PROTOCOLS: dict[str, Callable[[Any], Any]] = {
-    "tolist": lambda t: t.tolist(),
-    "numpy": lambda t: t.numpy(force=True).copy(),
-    "__array__": lambda t: t.numpy(force=True).copy(),
-}
-
-# Ops that change a running statistic their schema does not declare: op -> (positions of the statistics, of the flag).
-_STATISTICS = {
-    "aten.batch_norm": ((3, 4), 5), "aten.native_batch_norm": ((3, 4), 5), "aten.cudnn_batch_norm": ((3, 4), 5),
-    "aten.instance_norm": ((3, 4), 5), "aten._native_batch_norm_legit": ((3, 4), 5),
-    "aten.miopen_batch_norm": ((3, 4), 5), "aten._batch_norm_with_update": ((3, 4), None),
-}  # fmt: skip
-
-# Ops whose result's shape follows the values of their integer and bool arguments only.
-_SHAPE_FROM_INTEGERS = {
-    "aten._pack_padded_sequence", "aten._pad_packed_sequence", "aten.lstm", "aten.gru", "aten.rnn_tanh",
-    "aten.rnn_relu", "aten.repeat_interleave", "aten.tensor_split",
-}  # fmt: skip
-
-# Composite ops that hold nothing autocast would treat, and are better kept whole.
-_AUTOCAST_NEUTRAL = {
-    "aten.dropout", "aten.dropout_", "aten.feature_dropout", "aten.feature_dropout_", "aten.alpha_dropout", "aten.to",
-    "aten.reshape", "aten.contiguous", "aten.flatten", "aten.chunk", "aten.split", "aten.type_as", "aten.expand_as",
-    "aten.view_as", "aten.movedim", "aten.swapaxes", "aten.unflatten", "aten.tensor_split", "aten.narrow", "aten.float",
-    "aten.item", "aten.is_nonzero", "aten.embedding_bag", "aten.numpy_T", "aten.mT", "aten.matrix_H", "aten.square",
-    "aten.size", "aten.stack", "aten.pad", "aten.max_pool2d", "aten.adaptive_avg_pool2d", "aten.selu", "aten.relu6",
-}  # fmt: skip
-
-# Ops whose result's shape follows the number of trues in their masks.
-_SHAPE_FROM_MASKS = {"aten.index", "aten.masked_select", "aten.index_put", "aten.index_put_"}
-
-# Ops that look at values inside, while their result's shape follows shapes alone.
-_SHAPE_FIXED = {"aten.ctc_loss", "aten._ctc_loss", "aten.embedding_bag", "aten._embedding_bag"}
+from partita.capture.tables import AUTOCAST_NEUTRAL, METADATA, READS, STATISTICS
+from partita.graph import Arg, refs
 
 
-def packet(target: str) -> str:
-    """``aten.add.Tensor`` -> ``aten.add``."""
-    return target.rsplit(".", 1)[0]
-
-
-def target_of(op: Any) -> str:
-    """``torch.ops.aten.add.Tensor`` -> ``'aten.add.Tensor'``."""
-    return str(op)
-
-
-class Tracer(tc.PreDispatchMode):
+class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
     """One recording. ``enter`` names the tensors that come from outside; ``run`` makes the trace.
 
     ``pieces``: paths of modules (``blocks.0``) and methods (``blocks.0.route()``) that run as one op.
@@ -233,7 +172,7 @@ class Tracer(tc.PreDispatchMode):
             raise self.stop(f"the higher-order operator {func} runs")
         target = str(func)
         short = packet(target)
-        if short in _METADATA:
+        if short in METADATA:
             return func(*args, **kwargs)
         if short == "aten.lift_fresh" and not isinstance(args[0], tc.FakeTensor):
             return self.constant(args[0])
@@ -248,7 +187,7 @@ class Tracer(tc.PreDispatchMode):
         if device and tc.autocast_kernel(func, device):
             with self:
                 return tc.autocast_call(func, device, args, kwargs)
-        if device and tc.decomposes(func) and short not in _AUTOCAST_NEUTRAL:
+        if device and tc.decomposes(func) and short not in AUTOCAST_NEUTRAL:
             with self:
                 return func.decompose(*args, **kwargs)
         given = args
@@ -259,87 +198,12 @@ class Tracer(tc.PreDispatchMode):
             encoded_kwargs = tuple((k, encode(v, self.name_of)) for k, v in kwargs.items())
         except NotEncodable as error:
             raise self.stop(f"{target} takes a {error}") from None
-        if short in _READS:
-            return self.read(short.removeprefix("aten."), lambda *a: func(*a, **kwargs), encoded)
+        if short in READS:
+            return read(self, short.removeprefix("aten."), lambda *a: func(*a, **kwargs), encoded)
         grad = torch.is_grad_enabled()
-        out = self.execute(func, args, kwargs, encoded, encoded_kwargs)
+        out = execute(self, func, args, kwargs, encoded, encoded_kwargs)
         self.record(target, encoded, encoded_kwargs, out, grad=grad, writes=self.writes_of(func, args, kwargs))
         return given[0] if args and out is args[0] and given[0] is not args[0] else out
-
-    def execute(self, func: Any, args: Any, kwargs: Any, encoded: Any, encoded_kwargs: Any) -> Any:
-        """The op on fake tensors; where its result depends on values, on real ones."""
-        self.inside += 1
-        try:
-            return func(*args, **kwargs)
-        except (tc.DataDependentOutputException, tc.DynamicOutputShapeException) as error:
-            what = f"{func} gives a result whose shape or value depends on data"
-            return self.by_value(func, args, encoded, encoded_kwargs, what, error)
-        except tc.UnsupportedOperatorException as error:
-            raise self.stop(f"{func} cannot run without data (it has no fake implementation)") from error
-        except RuntimeError as error:
-            if self.shadow is None or not self.shadow.real or "fake" in str(error).lower():
-                raise
-            return self.shaped_like_real(func, args, encoded, encoded_kwargs, error)
-        finally:
-            self.inside -= 1
-
-    def shaped_like_real(self, func: Any, args: Any, encoded: Any, encoded_kwargs: Any, error: Exception) -> Any:
-        """The fake implementation refuses what the real one may accept: shapes from a real run."""
-        try:
-            real = self.on_real(func, encoded, encoded_kwargs)
-        except Exception:
-            raise error from None
-        return self.imitate(flat(real), args, isinstance(real, list | tuple))
-
-    def on_real(self, func: Any, encoded: Any, encoded_kwargs: Any) -> Any:
-        assert self.shadow is not None
-        names = [k for k, _ in encoded_kwargs]
-        count = len(encoded)
-        return self.shadow.run(lambda *a: func(*a[:count], **dict(zip(names, a[count:], strict=True))),
-                               (*encoded, *(v for _, v in encoded_kwargs)))  # fmt: skip
-
-    def imitate(self, real: list[Any], args: Any, many: bool) -> Any:
-        """Fake tensors that look like these fresh real ones."""
-        needs = torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in flat(args))
-        made = []
-        for tensor in real:
-            fake = self.fake.from_tensor(tensor.detach())
-            made.append(fake.requires_grad_().clone() if needs and fake.is_floating_point() else fake)
-        return tuple(made) if many else made[0]
-
-    def by_value(self, func: Any, args: Any, encoded: Any, encoded_kwargs: Any, what: str, error: Exception) -> Any:
-        """An op whose result's shape follows values: allowed where these follow from the inputs; then guarded."""
-        used = list(refs(encoded)) + [r for _, v in encoded_kwargs for r in refs(v)]
-        if packet(str(func)) in _SHAPE_FIXED:
-            if self.shadow is None or not self.shadow.real:
-                raise self.stop(what) from error
-            return self.shaped_like_real(func, args, encoded, encoded_kwargs, error)
-        if packet(str(func)) in _SHAPE_FROM_MASKS:
-            used = [n for n in used if self.trace.values[n].dtype in ("bool", "uint8")]
-            self.allow(used, what)
-            for name in used:
-                self.read(f"the number of trues in a mask of {func}", _trues, (Ref(name),))
-            real = self.on_real(func, encoded, encoded_kwargs)
-            return self.imitate(flat(real), args, isinstance(real, list | tuple))
-        if packet(str(func)) in _SHAPE_FROM_INTEGERS:
-            used = [n for n in used if not _is_float(self.trace.values[n].dtype)]
-        elif len(used) > 1 or not used:
-            raise self.stop(what) from error
-        self.allow(used, what)
-        real = self.on_real(func, encoded, encoded_kwargs)
-        if packet(str(func)) in _SHAPE_FROM_INTEGERS:
-            for name in used:
-                self.read(f"an argument of {func}", _values, (Ref(name),))
-        else:
-            keywords = [k for k, _ in encoded_kwargs]
-            count = len(encoded)
-
-            def shapes(*a: Any) -> list[tuple[int, ...]]:
-                out = func(*a[:count], **dict(zip(keywords, a[count:], strict=True)))
-                return [tuple(t.shape) for t in flat(out)]
-
-            self.read(f"the result's shape of {func}", shapes, (*encoded, *(v for _, v in encoded_kwargs)))
-        return self.imitate(flat(real), args, isinstance(real, list | tuple))
 
     def record(
         self, target: str, args: tuple[Arg, ...], kwargs: tuple[tuple[str, Arg], ...], out: Any, *,
@@ -390,7 +254,7 @@ class Tracer(tc.PreDispatchMode):
                 continue
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             found.update(dict.fromkeys(self.bases[tc.storage_key(t)] for t in flat(value) if t is not None))
-        statistics = _STATISTICS.get(packet(str(func)))
+        statistics = STATISTICS.get(packet(str(func)))
         if statistics is not None:
             positions, flag = statistics
             if flag is None or args[flag]:
@@ -406,40 +270,6 @@ class Tracer(tc.PreDispatchMode):
         self.trace.constants[name] = real
         self.trace.fresh.add(name)
         return fake
-
-    # ---- values ---------------------------------------------------------------------------------------------------
-
-    def allow(self, names: list[str], what: str) -> frozenset[str]:
-        """What these values follow from. Raises Break unless it is inputs and untouched buffers alone."""
-        taint: frozenset[str] = frozenset().union(*(self.taint(n) for n in names))
-        bad = sorted(t for t in taint if t != "input" and not t.startswith("buffer "))
-        if bad:
-            raise self.stop(f"{what}, which follows from {' and '.join(bad)}")
-        if taint and not self.guards:
-            raise self.stop(what)
-        if self.shadow is None or (taint and not self.shadow.real):
-            raise self.stop(f"{what}, and the example inputs have no data")
-        return taint
-
-    def read(self, what: str, function: Callable[..., Any], args: tuple[Arg, ...]) -> Any:
-        """A value for Python: real, and guarded where it follows from the inputs."""
-        taint = self.allow(list(refs(args)), f"{what} reads the value of a tensor")
-        assert self.shadow is not None
-        self.inside += 1
-        try:
-            value = self.shadow.run(function, args)
-        finally:
-            self.inside -= 1
-        if taint:
-            buffers = tuple(t.removeprefix("buffer ") for t in taint if t.startswith("buffer "))
-            self.trace.reads.append(
-                Read(len(self.trace.calls), function, args, value, self.module, user_line(), what, buffers)
-            )
-        return value
-
-    def read_tensor(self, what: str, tensor: torch.Tensor) -> Any:
-        """``.tolist()``, ``.numpy()``."""
-        return self.read(what, _PROTOCOLS[what], (encode(self.stand_in(tensor), self.name_of),))
 
     # ---- running --------------------------------------------------------------------------------------------------
 
@@ -476,13 +306,15 @@ def watching_methods(tracer: Tracer) -> Iterator[None]:
     """Stop at the end of the innermost method of a module that drew from Python's or NumPy's generator."""
 
     def notice(frame: Any, event: str, argument: Any) -> None:
-        if event in ("call", "return") and not tracer.inside and isinstance(frame.f_locals.get("self"), nn.Module):
-            if id(frame.f_locals["self"]) in tracer.paths:
-                now = python_draws()
-                if tracer.drawn is not None and now != tracer.drawn and tracer.broken is None:
-                    sys.setprofile(None)
-                    raise tracer.stop("numbers are drawn from Python's or NumPy's generator")
-                tracer.drawn = now
+        owner = frame.f_locals.get("self")
+        if event not in ("call", "return") or tracer.inside or not isinstance(owner, nn.Module):
+            return
+        if id(owner) in tracer.paths:
+            now = python_draws()
+            if tracer.drawn is not None and now != tracer.drawn and tracer.broken is None:
+                sys.setprofile(None)
+                raise tracer.stop("numbers are drawn from Python's or NumPy's generator")
+            tracer.drawn = now
 
     old = sys.getprofile()
     sys.setprofile(notice)
@@ -512,18 +344,6 @@ def _bind(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     return bound
 
 
-def _trues(mask: torch.Tensor) -> int:
-    return int(torch.count_nonzero(mask))
-
-
-def _values(tensor: torch.Tensor) -> Any:
-    return tensor.detach().cpu().numpy().copy()
-
-
-def _is_float(dtype: str) -> bool:
-    return dtype.startswith(("float", "bfloat", "complex"))
-
-
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     """The memory a tensor shows, and how."""
     return (tc.storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
@@ -534,16 +354,13 @@ def methods_on_stack(paths: dict[int, str], module: str) -> tuple[str, ...]:
     found: list[str] = []
     frame = sys._getframe(2)
     while frame is not None:
-        code = frame.f_code
-        owner = frame.f_locals.get("self")
+        code, owner = frame.f_code, frame.f_locals.get("self")
         if isinstance(owner, nn.Module) and paths.get(id(owner)) == module:
             if code.co_name == "forward":
-                break
+                return tuple(found)
             method = getattr(type(owner), code.co_name, None)
-            if inspect.isfunction(method) and inspect.unwrap(method).__code__ is code and not code.co_name.startswith("_call"):
-                if not code.co_filename.startswith(TORCH):
-                    found.append(f"{module}.{code.co_name}()" if module else f"{code.co_name}()")
+            mine = inspect.isfunction(method) and inspect.unwrap(method).__code__ is code
+            if mine and not code.co_filename.startswith(TORCH):
+                found.append(f"{module}.{code.co_name}()" if module else f"{code.co_name}()")
         frame = frame.f_back  # type: ignore[assignment]
-    else:
-        return ()
-    return tuple(found)
+    return ()

@@ -16,11 +16,12 @@ from partita.cluster import Cluster, Device
 from partita.cost.affine import Affine, through
 from partita.cost.blocks import Block, profile_units
 from partita.cost.measured import Measured
-from partita.cost.ops import op_cost, saved_tensors
+from partita.cost.ops import op_cost, saved_tensors, short
 from partita.graph import Graph
 from partita.program import Program
 
 Array = NDArray[np.float64]
+PUT_OFF = frozenset({"linear", "addmm", "embedding"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,10 @@ class SegmentCost:
     """Of a set of ops on one kind of device. Seconds and bytes for a microbatch; ``saved``: kept from F to B.
 
     ``parameters``: (name, bytes, trains) of each parameter and buffer it takes. ``transient``: alive while it runs.
-    ``first``: seconds more that the first microbatch of a step takes.
+    ``first``: seconds more that the first microbatch of a step takes. ``climb``: bytes above ``saved`` at the worst moments
+    of the first backward, when gradients come as activations go; ``surge``: of the others, where parts run again.
+    ``owed``: kept between B and W where weight gradients are put off, ``joined``: of the largest op; ``later``: bytes of
+    the gradients that W makes.
     """
 
     forward: Affine
@@ -38,6 +42,11 @@ class SegmentCost:
     transient: Affine = Affine()
     parameters: tuple[tuple[str, int, bool], ...] = ()
     first: Affine = Affine()
+    climb: tuple[Affine, ...] = ()
+    surge: tuple[Affine, ...] = ()
+    owed: Affine = Affine()
+    joined: Affine = Affine()
+    later: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,7 +167,6 @@ def segment_cost(
     forward = _sum(table.forward[kind][index])
     backward, weight = _sum(table.backward[kind][index]), _sum(table.weight[kind][index])
     saved = _sum(table.saved[index])
-    peak = Affine()
     for start, stop in recompute:
         inside = index[start:stop]
         again = _sum(table.saved[inside])
@@ -172,14 +180,74 @@ def segment_cost(
         kept = sum((tensor_bytes(graph, n) for n in entering), Affine())
         backward = backward + _sum(table.forward[kind][inside])
         saved = saved + again.scaled(-1.0) + kept
-        peak = max(peak, again, key=lambda a: a.at(max(graph.batch, 1)))
     largest = max(
         (tensor_bytes(graph, o) for i in ops for o in graph.ops[i].outputs if o),
         key=lambda a: a.at(max(graph.batch, 1)),
         default=Affine(),
     )
     first = _sum(table.first[kind][index])
-    return SegmentCost(forward, backward, weight, saved, peak + largest, parameters_of(graph, ops), first)
+    owed, joined, later = _owed(graph, ops)
+    return SegmentCost(
+        forward, backward, weight, saved, largest, parameters_of(graph, ops), first,
+        _surge(table, index, recompute, saved, fresh=True), _surge(table, index, recompute, saved, fresh=False),
+        owed, joined, later,
+    )  # fmt: skip
+
+
+def _surge(
+    table: CostTable, index: NDArray[np.int64], recompute: Sequence[tuple[int, int]], saved: Affine, *, fresh: bool
+) -> tuple[Affine, ...]:
+    """Backward undoes the ops in reverse; at each: saved by it and those before, made again by its range, gradients made
+    (``fresh``), less all that is saved. The lines that are the highest at some size.
+    """
+    if not fresh and not recompute:
+        return ()
+    graph, rows = table.graph, table.saved[index].copy()
+    again = np.zeros_like(rows)
+    for start, stop in recompute:
+        again[start:stop] = rows[start:stop].sum(axis=0)
+        rows[start:stop] = 0.0
+    held = np.cumsum(rows, axis=0) + again
+    kept = np.array([saved.fixed, saved.per_sample]) - rows.sum(axis=0)  # what enters the ranges
+    held += kept
+    seen: set[str] = set()
+    made = 0.0
+    for at in range(len(index) - 1, -1, -1) if fresh else ():
+        for name, size, trains in parameters_of(graph, (int(index[at]),)):
+            if trains and name not in seen:
+                seen.add(name)
+                made += size
+        held[at, 0] += made
+    held -= np.array([saved.fixed, saved.per_sample])
+    batch = max(graph.batch, 1)
+    sizes = {1, batch, *(batch >> k for k in range(1, 8) if batch >> k)}
+    best = {int(np.argmax(held[:, 0] + held[:, 1] * n)) for n in sizes}
+    return tuple(Affine(float(held[i, 0]), float(held[i, 1])) for i in sorted(best))
+
+
+def _owed(graph: Graph, ops: Sequence[int]) -> tuple[Affine, Affine, int]:
+    """Bytes of inputs and output gradients of ops whose weight gradient may be put off: of all, of the largest op (which
+    are joined for several microbatches); and of those gradients.
+    """
+    held: dict[str, Affine] = {}
+    most, batch = Affine(), max(graph.batch, 1)
+    weights: dict[str, int] = {}
+    for i in ops:
+        op = graph.ops[i]
+        if short(op.target) not in PUT_OFF:
+            continue
+        own = Affine()
+        for name in (*op.uses(), *(o for o in op.outputs if o)):
+            tensor = graph.tensor(name)
+            base = tensor.base or name
+            if tensor.role in ("op", "input"):
+                key = base if name in op.uses() else name
+                held[key] = tensor_bytes(graph, key)
+                own = own + held[key]
+            elif tensor.role == "parameter" and tensor.needs_grad:
+                weights[base] = tensor.nbytes(1)
+        most = max(most, own, key=lambda a: a.at(batch))
+    return sum(held.values(), Affine()), most, sum(weights.values())
 
 
 def _sum(rows: Array) -> Affine:

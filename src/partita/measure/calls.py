@@ -37,7 +37,9 @@ def measure_call(
     leaves = captured.flatten(tuple(args), kwargs)
     if leaves is None:
         return None
-    parameters, buffers = (dict(found(remove_duplicate=False)) for found in (model.named_parameters, model.named_buffers))
+    parameters, buffers = (
+        dict(found(remove_duplicate=False)) for found in (model.named_parameters, model.named_buffers)
+    )
     given = dict(zip(captured.inputs, leaves, strict=True))
     given.update({t.name: buffers[t.path] for t in captured.graph.of_role("buffer")})
     weights = {t.name: parameters[t.path] for t in captured.graph.of_role("parameter")}

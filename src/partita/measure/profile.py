@@ -35,8 +35,8 @@ from partita.runtime.team import Team
 from partita.sharding.batch import BatchLayouts, layouts
 
 Tensors = Mapping[str, torch.Tensor]
-BUDGET_SECONDS = 5.0
-INSTANCES = 4
+BUDGET_SECONDS = 4.0
+INSTANCES = 2
 MOST_ROUNDS = 12
 PHASES = ("forward", "backward", "weight")
 
@@ -58,6 +58,16 @@ class _Lane:
     device: Device
     rehearsal: Rehearsal
     samples: list[_Sample] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Script:
+    """The program at one number of samples, the segments chosen from it, bytes each keeps to backward."""
+
+    program: Program
+    lanes: list[_Lane]
+    chosen: tuple[int, ...]
+    saved: Mapping[int, float]
 
 
 def profile(
@@ -86,20 +96,13 @@ def profile(
         return known
     fresh: dict[tuple[str, str], Timing] = {}
     groups = _groups(cluster)
-    with _random_state_kept(), progress_bar("measuring", len(groups) * len(counts), show=progress) as advance:
+    with _random_state_kept(), progress_bar("measuring", len(groups) * MOST_ROUNDS, show=progress) as advance:
         for group in groups:
-            share = budget_seconds / (len(groups) * len(counts))
-            by_size = []
-            for count in counts:
-                by_size.append(
-                    _measure(captured, batch_layouts, group, parts, count, given, parameters, train, share)
-                )  # fmt: skip
-                advance()
+            scripts = [_script(captured, batch_layouts, group, parts, n, given, parameters, train) for n in counts]
+            _rounds(group, scripts, train, budget_seconds / len(groups), advance)
             for kind in {d.kind for d in group}:
-                fresh |= {
-                    (signature, kind): timing
-                    for signature, timing in _lines([m[kind] for m in by_size], counts, parts).items()
-                }
+                by_size = [_numbers(script, parts, kind) for script in scripts]
+                fresh |= {(signature, kind): timing for signature, timing in _lines(by_size, counts, parts).items()}
     measured = Measured(fresh)
     store.write(measured, cluster, counts, train)
     return known.merged(measured)
@@ -141,7 +144,7 @@ def _groups(cluster: Cluster) -> list[tuple[Device, ...]]:
     return [*([together] if together else []), *((d,) for d in alone.values())]
 
 
-def _measure(
+def _script(
     captured: Captured,
     batch_layouts: BatchLayouts,
     group: tuple[Device, ...],
@@ -150,9 +153,8 @@ def _measure(
     given: Tensors,
     parameters: Tensors,
     train: bool,
-    budget: float,
-) -> dict[str, dict[str, list[dict[str, float]]]]:
-    """Device kind -> signature -> numbers of each chosen unit: phases, ``first``, ``saved``."""
+) -> _Script:
+    """Every unit as a stage of its own, with its inputs at this number of samples."""
     graph = captured.graph
     batch = max(graph.batch, 1)
     split = Batch(batch, 2, (samples, batch - samples)) if samples < batch else Batch(batch, 1)
@@ -166,22 +168,32 @@ def _measure(
     saved = lanes[0].rehearsal.open()
     for lane in lanes[1:]:  # the same values, read only
         lane.rehearsal.once, lane.rehearsal.values = lanes[0].rehearsal.once, lanes[0].rehearsal.values
-    chosen = _chosen(program, parts)
+    return _Script(program, lanes, _chosen(program, parts), saved)
+
+
+def _rounds(
+    group: tuple[Device, ...], scripts: Sequence[_Script], train: bool, budget: float, advance: Callable[[], None]
+) -> None:
+    """Every size in turn, so that a busy neighbour meets all of them; the first round only warms up."""
     team = Team(group)
+    began = time.perf_counter()
     try:
-        began = time.perf_counter()
         for number in range(MOST_ROUNDS):
-            barrier = threading.Barrier(len(lanes))
-            team.run({lane.device.name: partial(_round, lane, chosen, train, barrier) for lane in lanes}, barrier.abort)
+            for script in scripts:
+                barrier = threading.Barrier(len(script.lanes))
+                team.run(
+                    {lane.device.name: partial(_round, lane, script.chosen, train, barrier) for lane in script.lanes},
+                    barrier.abort,
+                )
+                if not number:
+                    for lane in script.lanes:
+                        lane.samples.clear()
+            advance()
             spent = time.perf_counter() - began
             if number and spent + spent / (number + 1) > budget:
                 break
-            if not number:
-                for lane in lanes:
-                    lane.samples.clear()  # that was warming up
     finally:
         team.close()
-    return _numbers(lanes, parts, program, chosen, saved)
 
 
 def _chosen(program: Program, parts: Sequence[Block]) -> tuple[int, ...]:
@@ -203,12 +215,15 @@ def _round(lane: _Lane, chosen: Sequence[int], train: bool, barrier: threading.B
     rehearsal = lane.rehearsal
     wait = partial(torch.cuda.synchronize, rehearsal.device) if rehearsal.device.type == "cuda" else lambda: None
 
+    one_core = rehearsal.device.type == "cpu" and len(lane.device.cores) == 1
+    clock = time.thread_time if one_core else time.perf_counter  # what neighbours take is not the device's
+
     def timed(phase: str, index: int, fresh: bool, run: Callable[[], None]) -> None:
         wait()
-        start = time.perf_counter()
+        start = clock()
         run()
         wait()
-        lane.samples.append(_Sample(phase, index, fresh, time.perf_counter() - start))
+        lane.samples.append(_Sample(phase, index, fresh, clock() - start))
 
     rehearsal.begin()
     for fresh in (True, False):
@@ -224,29 +239,25 @@ def _round(lane: _Lane, chosen: Sequence[int], train: bool, barrier: threading.B
     rehearsal.end()
 
 
-def _numbers(
-    lanes: Sequence[_Lane], parts: Sequence[Block], program: Program, chosen: Sequence[int], saved: Mapping[int, float]
-) -> dict[str, dict[str, list[dict[str, float]]]]:
-    """Low medians over rounds, then over devices of a kind and the instances of a signature."""
-    result: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for kind in {lane.device.kind for lane in lanes}:
-        found = result.setdefault(kind, {})
-        for index in chosen:
-            row = dict.fromkeys((*PHASES, "first", "saved"), 0.0)
-            for phase in PHASES:
-                times: dict[bool, list[float]] = {True: [], False: []}
-                for lane in (lane for lane in lanes if lane.device.kind == kind):
-                    for fresh in times:
-                        own = [s.seconds for s in lane.samples
-                               if s.unit == index and s.phase == phase and s.fresh == fresh]  # fmt: skip
-                        times[fresh] += [_typical(own)] if own else []
-                row[phase] = median(times[False]) if times[False] else 0.0
-                row["first"] += (median(times[True]) if times[True] else 0.0) - row[phase]
-            row["saved"] = saved.get(index, 0.0)
-            segment = program.segments[index]
-            row["whole"] = float(segment.phase == "whole")
-            found.setdefault(parts[segment.stage].signature, []).append(row)
-    return result
+def _numbers(script: _Script, parts: Sequence[Block], kind: str) -> dict[str, list[dict[str, float]]]:
+    """Signature -> numbers of each chosen instance: typical over rounds, then the median over devices of the kind."""
+    times: dict[tuple[int, str, bool], list[float]] = {}
+    for lane in (lane for lane in script.lanes if lane.device.kind == kind):
+        rounds: dict[tuple[int, str, bool], list[float]] = {}
+        for s in lane.samples:
+            rounds.setdefault((s.unit, s.phase, s.fresh), []).append(s.seconds)
+        for key, seconds in rounds.items():
+            times.setdefault(key, []).append(_typical(seconds))
+    typical = {key: median(values) for key, values in times.items()}
+    found: dict[str, list[dict[str, float]]] = {}
+    for index in script.chosen:
+        segment = script.program.segments[index]
+        row = {phase: typical.get((index, phase, False), 0.0) for phase in PHASES}
+        row["first"] = sum(typical.get((index, phase, True), 0.0) - row[phase] for phase in PHASES)
+        row["saved"] = script.saved.get(index, 0.0)
+        row["whole"] = float(segment.phase == "whole")
+        found.setdefault(parts[segment.stage].signature, []).append(row)
+    return found
 
 
 def _typical(times: Sequence[float]) -> float:
@@ -267,11 +278,17 @@ def _lines(
             if len(counts) == 1:
                 lines[name] = Affine(0.0, values[0] / counts[0])
             else:
-                lines[name] = through(counts[0], values[0], counts[-1], values[-1])
+                lines[name] = _through(counts[0], values[0], counts[-1], values[-1])
         result[signature] = Timing(
             lines["forward"], lines["backward"], lines["weight"], saved=lines["saved"], first=lines["first"]
         )
     return result
+
+
+def _through(n1: int, y1: float, n2: int, y2: float) -> Affine:
+    """The line through both; through the second and zero where that would put more work below nothing."""
+    line = through(n1, y1, n2, y2)
+    return line if line.fixed >= 0.0 else Affine(0.0, y2 / n2)
 
 
 def _value(rows: Sequence[Mapping[str, float]], name: str) -> float:

@@ -7,6 +7,7 @@ is captured anew, and kept beside the others.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from torch import nn
 from partita.capture import Captured, capture
 from partita.runtime.local import Local
 
-_PLAIN = frozenset((bool, int, float, str, complex, type(None)))
+_PLAIN = (bool, int, float, str, complex, type(None), torch.Tensor, torch.dtype, torch.device)
+_OWN = frozenset(vars(nn.Module()))  # the base class's registries
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _capturing = threading.RLock()  # tracing replaces functions of torch and moves the random generators for a while
 
@@ -35,59 +37,110 @@ class Bound:
 
 @dataclass(frozen=True)
 class Census:
-    """What a graph depends on in the model. ``modules`` are kept alive, so that no other takes their identity."""
+    """What a graph depends on in the model. ``modules`` are kept alive, so that no other takes their identity.
+
+    ``tensors``: modes, hooks, and of parameters and buffers all but the values. ``kept``: of each module the number of
+    its attributes and those that are numbers, texts or tensors. ``others``: the plain containers and configuration
+    objects it holds, as they were.
+    """
 
     modules: tuple[nn.Module, ...]
     tensors: tuple[object, ...]
-    plain: tuple[dict[str, object], ...]
+    kept: tuple[tuple[int, dict[str, Any]], ...]
+    others: tuple[tuple[int, Any, Any], ...]
 
-    def same(self, other: Census, ignored: frozenset[object]) -> bool:
-        """Whether nothing differs, but for plain attributes that are ``ignored``: (module's identity, name), or the
+    def holds(self, model: nn.Module, ignored: frozenset[object]) -> bool:
+        """Whether nothing differs now, but for the attributes that are ``ignored``: (module's identity, name), or the
         identity alone for all of a module's."""
-        if self.tensors != other.tensors or len(self.modules) != len(other.modules):
+        modules = modules_of(model)
+        if len(modules) != len(self.modules) or any(a is not b for a, b in zip(modules, self.modules, strict=True)):
             return False
-        if any(a is not b for a, b in zip(self.modules, other.modules, strict=True)):
+        if _tensors(modules) != self.tensors:
             return False
-        if self.plain == other.plain:
-            return True
-        missing = object()
-        return all(
-            a == b
-            or id(m) in ignored
-            or all(a.get(k, missing) == b.get(k, missing) or (id(m), k) in ignored for k in {**a, **b})
-            for m, a, b in zip(self.modules, self.plain, other.plain, strict=True)
-        )
+        for module, (count, kept) in zip(modules, self.kept, strict=True):
+            own = vars(module)
+            if (len(own) != count or not _within(kept, own)) and not _excused(module, kept, own, ignored):
+                return False
+        return all(owner in ignored or _as_it_was(value, then) for owner, value, then in self.others)
+
+
+def _within(kept: dict[str, Any], own: dict[str, Any]) -> bool:
+    try:
+        return kept.items() <= own.items()
+    except RuntimeError:  # a tensor replaced by another
+        return False
+
+
+def _excused(module: nn.Module, kept: dict[str, Any], own: dict[str, Any], ignored: frozenset[object]) -> bool:
+    if id(module) in ignored:
+        return True
+    now = {name: value for name, value in own.items() if isinstance(value, _PLAIN)}
+    changed = [n for n in {**kept, **now} if n not in now or n not in kept or not _within({n: kept[n]}, now)]
+    return bool(changed) and all((id(module), name) in ignored for name in changed)
+
+
+def _copied(value: Any) -> Any:
+    """The contents of a plain container or configuration object; None for what is not looked into."""
+    if isinstance(value, list | dict | set):
+        return copy.copy(value)
+    if hasattr(value, "__dict__") and not isinstance(value, nn.Module | torch.Tensor | type) and not callable(value):
+        return {name: item for name, item in vars(value).items() if isinstance(item, _PLAIN)}
+    return None
+
+
+def _as_it_was(value: Any, then: Any) -> bool:
+    try:
+        return bool(value == then) if type(value) is type(then) else _within(then, vars(value))
+    except Exception:
+        return False
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Every module once, in a fixed order; faster than ``model.modules()``."""
+    found: dict[int, nn.Module] = {}
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            children = module._modules
+            if children:
+                stack.extend([child for child in children.values() if child is not None])
+    return list(found.values())
+
+
+def _tensors(modules: list[nn.Module]) -> tuple[object, ...]:
+    facts: list[object] = []
+    number: dict[int, int] = {}
+    for module in modules:
+        own = vars(module)
+        facts.append(own["training"])
+        for registry in (own["_parameters"], own["_buffers"]):
+            for tensor in registry.values():
+                if tensor is None:
+                    facts.append(None)
+                    continue
+                first = number.setdefault(id(tensor), len(number))
+                facts.append((first, tensor.shape, tensor.dtype, tensor.requires_grad, tensor.device))
+        for name in _HOOKS:
+            if own[name]:
+                facts.append((name, *own[name]))
+    return tuple(facts)
 
 
 def census(model: nn.Module) -> Census:
     """The model as it is now."""
-    modules: list[nn.Module] = []
-    tensors: list[object] = []
-    plain: list[dict[str, object]] = []
-    number: dict[int, int] = {}
-    seen: set[int] = set()
-    stack: list[nn.Module] = [model]
-    while stack:
-        module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        modules.append(module)
+    modules = modules_of(model)
+    kept, others, seen = [], [], set()
+    for module in modules:
         own = vars(module)
-        for registry in (own["_parameters"], own["_buffers"]):
-            for key, tensor in registry.items():
-                if tensor is None:
-                    tensors.append((key, None))
-                    continue
-                first = number.setdefault(id(tensor), len(number))
-                tensors.append((key, first, tensor.shape, tensor.dtype, tensor.requires_grad, tensor.device))
-        for name in _HOOKS:
-            if own[name]:
-                tensors.append((name, *own[name]))
-        tensors.append(own["training"])
-        plain.append({name: value for name, value in own.items() if value.__class__ in _PLAIN})
-        stack.extend([child for child in own["_modules"].values() if child is not None])
-    return Census(tuple(modules), tuple(tensors), tuple(plain))
+        kept.append((len(own), {name: value for name, value in own.items() if isinstance(value, _PLAIN)}))
+        for name, value in own.items():
+            then = None if name in _OWN or id(value) in seen else _copied(value)
+            if then is not None:
+                seen.add(id(value))
+                others.append((id(module), value, then))
+    return Census(tuple(modules), _tensors(modules), tuple(kept), tuple(others))
 
 
 def situation() -> tuple[object, ...]:
@@ -133,19 +186,17 @@ class Binder:
         self.entries: list[Entry] = []
         self._lock = threading.Lock()
 
-    def bind(
-        self, what: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Bound:
+    def bind(self, what: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """The graph for a call like this (captured now where there is none yet), and the call's tensors."""
         key = (what, *situation())
-        now = census(self.model)
         for entry in self.entries:
-            if entry.key != key or not entry.census.same(now, entry.ignored):
+            if entry.key != key or not entry.census.holds(self.model, entry.ignored):
                 continue
             leaves = entry.captured.flatten(args, kwargs)
             if leaves is not None and picture(leaves) == entry.picture and entry.captured.guards_hold(leaves):
                 return entry.bound(leaves)
         with _capturing:
+            now = census(self.model)
             captured = capture(self.model, args, kwargs, forward=forward)
         leaves = captured.flatten(args, kwargs)
         assert leaves is not None, "the call just captured"
@@ -155,9 +206,7 @@ class Binder:
             self.entries = [entry, *(e for e in self.entries if same == {id(m) for m in e.census.modules})]
         return entry.bound(leaves)
 
-    def _entry(
-        self, key: tuple[object, ...], now: Census, captured: Captured, leaves: list[torch.Tensor]
-    ) -> Entry:
+    def _entry(self, key: tuple[object, ...], now: Census, captured: Captured, leaves: list[torch.Tensor]) -> Entry:
         made = picture(leaves)
         if captured.live:
             return Entry(key, now, made, captured, None, frozenset(id(m) for m in now.modules))

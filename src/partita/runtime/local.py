@@ -12,6 +12,7 @@ from partita.cluster import Cluster
 from partita.lower import effective, lower
 from partita.plan import Plan
 from partita.program import Instruction, Partial, Program, Split
+from partita.runtime.allocator import keep_freed_memory
 from partita.runtime.codegen import SegmentCode, generate
 from partita.runtime.kernels import resolver
 from partita.runtime.sync_norm import Meeting, join
@@ -39,6 +40,8 @@ class Local:
     def __init__(self, captured: Captured, layouts: BatchLayouts, plan: Plan, cluster: Cluster, team: Team) -> None:
         self.captured, self.layouts, self.plan, self.team = captured, layouts, plan, team
         self.torch_devices = {d.name: torch_device(d.name) for d in cluster.devices}
+        if any(d.type == "cpu" for d in self.torch_devices.values()):
+            keep_freed_memory()
         self._lowered: dict[tuple[int, bool], Lowered] = {}
 
     def lowered(self, batch: int, grad: bool) -> Lowered:

@@ -126,7 +126,8 @@ def measure_memory(
     *,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, int]:
-    """Peak bytes on each device in one ``train_step``; afterwards the gradients are as they were.
+    """Peak bytes on each device in one ``train_step`` (a forward, where ``parallel`` is in eval mode); afterwards the
+    gradients are as they were.
 
     Counts as the prediction does: parameters (a shared one with its first device), gradients, the state ``optimizer``
     has now, activations, and received tensors on the device that received them. ``"caller"``: made outside the devices.
@@ -146,7 +147,11 @@ def measure_memory(
                 meters[device].hold([optimizer.state[p] for p in mine if p in optimizer.state])
         outside = MemoryMeter()
         with _metered(parallel, meters), outside:
-            parallel.train_step(*args, **dict(kwargs or {}))
+            if parallel.training:
+                parallel.train_step(*args, **dict(kwargs or {}))
+            else:
+                with torch.no_grad():
+                    parallel(*args, **dict(kwargs or {}))
         return {**{device: meter.peak_bytes for device, meter in meters.items()}, "caller": outside.peak_bytes}
     finally:
         for parameter, grad in kept.items():
@@ -159,11 +164,13 @@ def _owners(
     """Device -> (parameters it keeps, parameters it uses but another keeps)."""
     from partita.runtime.module import _WithLoss
 
-    with torch.enable_grad():
-        bound = parallel._bind("step", _WithLoss(parallel.module, parallel.loss_fn), args, kwargs)
+    train = parallel.training
+    forward = _WithLoss(parallel.module, parallel.loss_fn) if train else parallel.module
+    with torch.set_grad_enabled(train):
+        bound = parallel._bind("step" if train else "call", forward, args, kwargs)
     if bound.engine is None:  # runs as its Python goes: every part is counted where its calls run
         return {d.name: ([], []) for d in parallel._team.devices}
-    program, parameters = bound.engine.lowered(bound.captured.graph.batch, True).step, bound.parameters
+    program, parameters = bound.engine.lowered(bound.captured.graph.batch, train).step, bound.parameters
     found: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {d: ([], []) for d in program.devices}
     users: dict[str, set[str]] = {}
     for segment, places in zip(program.segments, program.placement, strict=True):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -186,6 +188,29 @@ class ParallelModule(nn.Module):
                     self.trace = engine.trace(state)
         bound.captured.after_call()
         return loss
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[ParallelModule]:
+        """While open, each call and step is recorded; ``trace`` is the last one (a backward with its forward)."""
+        before, self.record = self.record, True
+        try:
+            yield self
+        finally:
+            self.record = before
+
+    def measure_memory(self, *args: Any, **kwargs: Any) -> dict[str, int]:
+        """Peak bytes on each device in one ``train_step`` of this call; in one forward, where the module is in eval mode.
+
+        Parameters a device keeps, gradients, activations, what it received; ``"caller"``: made outside the devices.
+        Gradients are afterwards as they were; ``trace`` is the step's, with its ``memory``.
+        """
+        from partita.runtime.memory import measure_memory
+
+        with self.tracing():
+            found = measure_memory(self, args, kwargs)
+        if self.trace is not None:
+            self.trace = replace(self.trace, memory=tuple(found.items()))
+        return found
 
     def _check_loss(self, graph: Graph) -> None:
         """Refuse a step whose end is not one number that depends on the parameters."""

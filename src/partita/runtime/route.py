@@ -101,9 +101,7 @@ def _reads(program: Program, instruction: Instruction) -> list[Key]:
     return [key for use in uses for key in parts(program, use)]
 
 
-def _inlets(
-    graph: Graph, program: Program, index: int, mutated: frozenset[int], *, whole: bool
-) -> tuple[Inlet, ...]:
+def _inlets(graph: Graph, program: Program, index: int, mutated: frozenset[int], *, whole: bool) -> tuple[Inlet, ...]:
     found = []
     for position, use in enumerate(program.segments[index].uses):
         meta = graph.tensor(use.tensor)

@@ -99,23 +99,23 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, queue: WeightQueue
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.queue, ctx.wants_x = bias, queue, x.requires_grad
+        ctx.leaf, ctx.bias, ctx.queue, ctx.wants_x = weight, bias, queue, x.requires_grad
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
-        bias = ctx.bias
+        leaf, bias = ctx.leaf, ctx.bias  # under recomputation the saved weight is a detached copy
 
         def make(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
             xs, gs = _rows(pairs)
-            _add_product(weight, gs, xs)
+            _add_product(leaf, gs, xs)
             if bias is not None:
                 _add(bias, gs.sum(0))
 
         result = grad.matmul(weight) if ctx.wants_x else None
-        ctx.queue.add(("linear", id(weight), id(bias)), make, x, grad)
+        ctx.queue.add(("linear", id(leaf), id(bias)), make, x, grad)
         return result, None, None, None
 
 
@@ -134,22 +134,22 @@ class _Addmm(torch.autograd.Function):
         ctx: Any, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, queue: WeightQueue
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.queue, ctx.wants_x = bias, queue, x.requires_grad
+        ctx.leaf, ctx.bias, ctx.queue, ctx.wants_x = weight, bias, queue, x.requires_grad
         return torch.addmm(bias, x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
-        bias = ctx.bias
+        leaf, bias = ctx.leaf, ctx.bias  # under recomputation the saved weight is a detached copy
 
         def make(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
             xs, gs = _rows(pairs)
-            _add_product(weight, xs, gs)
+            _add_product(leaf, xs, gs)
             _add(bias, gs.sum(0))
 
         result = grad.matmul(weight.t()) if ctx.wants_x else None
-        ctx.queue.add(("addmm", id(weight), id(bias)), make, x, grad)
+        ctx.queue.add(("addmm", id(leaf), id(bias)), make, x, grad)
         return None, result, None, None
 
 
@@ -168,21 +168,21 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, index: torch.Tensor, padding: int, queue: WeightQueue) -> torch.Tensor:
         ctx.save_for_backward(index, weight)
-        ctx.padding, ctx.queue = padding, queue
+        ctx.leaf, ctx.padding, ctx.queue = weight, padding, queue
         return torch.embedding(weight, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        index, weight = ctx.saved_tensors
-        padding = ctx.padding
+        index, _ = ctx.saved_tensors
+        leaf, padding = ctx.leaf, ctx.padding
 
         def make(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
             rows = torch.cat([i.reshape(-1) for i, _ in pairs])
             gs = torch.cat([g.reshape(-1, g.shape[-1]) for _, g in pairs])
-            dense = torch.ops.aten.embedding_dense_backward(gs, rows, weight.shape[0], padding, False)
-            _add(weight, dense)
+            dense = torch.ops.aten.embedding_dense_backward(gs, rows, leaf.shape[0], padding, False)
+            _add(leaf, dense)
 
-        ctx.queue.add(("embedding", id(weight), padding), make, index, grads[0])
+        ctx.queue.add(("embedding", id(leaf), padding), make, index, grads[0])
         return None, None, None, None
 
 
