@@ -221,7 +221,9 @@ class _Memory:
             total -= min(float(cost.later), total)
         lines = cost.climb if fresh and not splits_backward else cost.surge
         rise = max((line.at(samples) for line in lines), default=0.0)
-        self._add(device, 0.0, max(rise, 0.0) + transient)
+        if splits_backward:
+            rise += cost.joined.at(samples)
+        self._add(device, 0.0, max(rise, 0.0))
         self.now[device] += total  # what is saved goes in the same moment
 
     def reduce(self, largest: float) -> None:

@@ -16,11 +16,12 @@ from partita.cluster import Cluster, Device
 from partita.cost.affine import Affine, through
 from partita.cost.blocks import Block, profile_units
 from partita.cost.measured import Measured
-from partita.cost.ops import op_cost, saved_tensors, short
+from partita.cost.ops import family, op_cost, saved_tensors, short
 from partita.graph import Graph
 from partita.program import Program
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
 PUT_OFF = frozenset({"linear", "addmm", "embedding"})
 
 
@@ -29,10 +30,10 @@ class SegmentCost:
     """Of a set of ops on one kind of device. Seconds and bytes for a microbatch; ``saved``: kept from F to B.
 
     ``parameters``: (name, bytes, trains) of each parameter and buffer it takes. ``transient``: alive while it runs.
-    ``first``: seconds more that the first microbatch of a step takes. ``climb``: bytes above ``saved`` at the worst moments
-    of the first backward, when gradients come as activations go; ``surge``: of the others, where parts run again.
-    ``owed``: kept between B and W where weight gradients are put off, ``joined``: of the largest op; ``later``: bytes of
-    the gradients that W makes.
+    ``first``: seconds more that the first microbatch of a step takes. ``climb``: bytes above ``saved`` at the worst
+    moments of the first backward, when gradients come as activations go; ``surge``: of the others.
+    ``owed``: kept between B and W where weight gradients are put off, ``joined``: of the largest op; ``later``: bytes
+    of the gradients that W makes.
     """
 
     forward: Affine
@@ -195,13 +196,11 @@ def segment_cost(
 
 
 def _surge(
-    table: CostTable, index: NDArray[np.int64], recompute: Sequence[tuple[int, int]], saved: Affine, *, fresh: bool
+    table: CostTable, index: Indices, recompute: Sequence[tuple[int, int]], saved: Affine, *, fresh: bool
 ) -> tuple[Affine, ...]:
-    """Backward undoes the ops in reverse; at each: saved by it and those before, made again by its range, gradients made
-    (``fresh``), less all that is saved. The lines that are the highest at some size.
+    """Backward undoes the ops in reverse; at each: saved by it and those before, made again by its range, the gradients
+    it works on, weights' gradients made (``fresh``), less all that is saved. The lines that are highest at some size.
     """
-    if not fresh and not recompute:
-        return ()
     graph, rows = table.graph, table.saved[index].copy()
     again = np.zeros_like(rows)
     for start, stop in recompute:
@@ -218,16 +217,31 @@ def _surge(
                 seen.add(name)
                 made += size
         held[at, 0] += made
-    held -= np.array([saved.fixed, saved.per_sample])
+    held += _gradients_of(graph, index) - np.array([saved.fixed, saved.per_sample])
     batch = max(graph.batch, 1)
     sizes = {1, batch, *(batch >> k for k in range(1, 8) if batch >> k)}
     best = {int(np.argmax(held[:, 0] + held[:, 1] * n)) for n in sizes}
     return tuple(Affine(float(held[i, 0]), float(held[i, 1])) for i in sorted(best))
 
 
+def _gradients_of(graph: Graph, index: Indices) -> Array:
+    """Bytes of the gradients alive while each op is undone: of its result and, where they are new, of its inputs."""
+    result = np.zeros((len(index), 2))
+    for at, i in enumerate(index):
+        op = graph.ops[int(i)]
+        kind = family(op)
+        new = () if kind in ("view", "linear") else op.uses()
+        for name in {*new, *(o for o in op.outputs if o)} if kind != "view" else ():
+            tensor = graph.tensor(name)
+            if tensor.needs_grad and tensor.role in ("op", "input"):
+                size = tensor_bytes(graph, name)
+                result[at] += (size.fixed, size.per_sample)
+    return result
+
+
 def _owed(graph: Graph, ops: Sequence[int]) -> tuple[Affine, Affine, int]:
-    """Bytes of inputs and output gradients of ops whose weight gradient may be put off: of all, of the largest op (which
-    are joined for several microbatches); and of those gradients.
+    """Bytes of inputs and output gradients of ops whose weight gradient may be put off: of all, of the largest op
+    (which are joined for several microbatches); and of those gradients.
     """
     held: dict[str, Affine] = {}
     most, batch = Affine(), max(graph.batch, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,17 @@ from partita.torch_compat import pytree
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One tensor: largest absolute difference, and that relative to the tensor's largest value."""
+    """One tensor: largest absolute difference, and that relative to the tensor's largest value.
+
+    ``rounding``: beyond the tolerance, yet no further from the float64 result than the unsplit model's own float32.
+    """
 
     kind: str
     name: str
     absolute: float
     relative: float
     equal: bool
+    rounding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,12 @@ class Comparison:
         if self.ok:
             worst = self.worst
             tail = f"; largest relative difference {worst.relative:.1e} ({worst.name})" if worst else ""
+            rounded = sum(d.rounding for d in self.differences)
+            if rounded:
+                tail += (
+                    f"; {rounded} beyond the tolerance but as near to the float64 result as the unsplit model itself, "
+                    "whose float32 rounding is that large"
+                )
             return f"equal: {counts}{tail}"
         bad = [d for d in self.differences if not d.equal]
         rows = "".join(f"\n  {d.kind} {d.name}: off by {d.absolute:.3g} (relative {d.relative:.2g})" for d in bad[:8])
@@ -122,7 +132,7 @@ def observe(
         output = call(*own_args, **own_kwargs)
         loss = default_loss(output)
         if loss is not None:
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         outputs = {n: t.detach().clone() for n, t in tensors_in(output)}
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         for i, leaf in enumerate(pytree.tree_leaves((own_args, own_kwargs))):
@@ -141,6 +151,20 @@ def observe(
         np.random.set_state(kept_random[2])
 
 
+def observe64(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, seed: int = 1) -> Observed:
+    """``observe`` of a float64 copy of the unsplit model; empty where the model does not run in float64.
+
+    Random draws differ between the types, so a model that draws cannot be judged by it.
+    """
+    wide = copy.deepcopy(model).double()
+    raise_to = lambda t: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t  # noqa: E731
+    own_args, own_kwargs = pytree.tree_map(raise_to, (args, dict(kwargs)))
+    try:
+        return observe(wide, wide, own_args, own_kwargs, seed=seed)
+    except (RuntimeError, TypeError, ValueError):
+        return Observed({}, {}, {})
+
+
 def compare(expected: Observed, actual: Observed, *, rtol: float = 1e-4, atol: float = 1e-6) -> Comparison:
     """Tensor by tensor; one that is missing or of another shape counts as different."""
     rows: list[Difference] = []
@@ -150,6 +174,26 @@ def compare(expected: Observed, actual: Observed, *, rtol: float = 1e-4, atol: f
         for name in dict.fromkeys([*want, *have]):
             rows.append(_difference(kind, name, want.get(name), have.get(name), rtol, atol))
     return Comparison(tuple(rows), rtol, atol)
+
+
+def allow_rounding(found: Comparison, expected: Observed, actual: Observed, exact: Observed) -> Comparison:
+    """The comparison with what is only rounding accepted: ``exact`` is the unsplit model observed in float64.
+
+    A batch norm before an average pool can magnify float32 rounding by 1e5; the unsplit model is then itself that far
+    from the true gradient. A tensor passes when the divided model is at most twice as far from it, in the largest and
+    in the mean difference. Where the float64 model is no reference (it drew other random numbers), nothing passes.
+    """
+    rows = []
+    for row in found.differences:
+        have = [getattr(o, row.kind + "s").get(row.name) for o in (expected, actual, exact)]
+        if not row.equal and all(t is not None and t.is_floating_point() and t.shape == have[0].shape for t in have):
+            plain, divided, true = (t.double() for t in have)
+            theirs, ours = (plain - true).abs(), (divided - true).abs()
+            comparable = bool(theirs.max() <= 0.05 * true.abs().max())  # other random draws would show as larger
+            if comparable and ours.max() <= 2 * theirs.max() and ours.mean() <= 2 * theirs.mean():
+                row = replace(row, equal=True, rounding=True)
+        rows.append(row)
+    return replace(found, differences=tuple(rows))
 
 
 def _difference(
@@ -172,8 +216,3 @@ def _difference(
     scale = torch.nan_to_num(x.abs(), nan=0.0, posinf=0.0).max().item()
     equal = bool(torch.allclose(x, y, rtol=rtol, atol=atol + rtol * scale * 0.1, equal_nan=True))
     return Difference(kind, name, off.max().item(), off.max().item() / max(scale, 1e-30), equal)
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """An independent copy of the model, gradients left out."""
-    return copy.deepcopy(model)

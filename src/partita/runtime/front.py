@@ -39,7 +39,7 @@ def dividing(divide: Divide) -> Iterator[None]:
         finally:
             inside = False
 
-    nn.Module.__call__ = call  # type: ignore[method-assign, assignment]
+    nn.Module.__call__ = call  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -49,7 +49,7 @@ def dividing(divide: Divide) -> Iterator[None]:
 
 
 class LazyParallel(nn.Module):
-    """A ParallelModule made at the first call, when the inputs are known; its parameters are the user's from the start."""
+    """A ParallelModule made at the first call, when the inputs are known; its parameters are the user's throughout."""
 
     def __init__(self, module: nn.Module, divide: Divide) -> None:
         super().__init__()

@@ -85,12 +85,11 @@ class Local:
             parameters=dict(parameters),
             devices={d: DeviceState(self.torch_devices[d]) for d in program.devices},
             grad=grad,
-            autocast=_autocast(),
             record=record,
         )
         segment, code = program.segments[0], codes[0]
         if segment.ops:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):  # the graph holds its casts
                 uses = [state.given.get(u.tensor, state.parameters.get(u.tensor)) for u in segment.uses]
                 outputs = code.run(state.batch, state.batch, torch.device("cpu"), *uses)
             state.once.update(zip(segment.outputs, outputs, strict=True))
@@ -223,8 +222,3 @@ def _adder(work: list[list[torch.Tensor]]) -> Callable[[], None]:
                     grads[0].add_(grads.pop())
 
     return add
-
-
-def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
-    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k))

@@ -131,7 +131,7 @@ class ParallelModule(nn.Module):
         self._binder = Binder(module, partial(_engine, plan, cluster, self._team))
         self._lock = threading.RLock()
         self.train(module.training)
-        self.register_load_state_dict_pre_hook(_own_names)
+        self.register_load_state_dict_pre_hook(_own_names)  # type: ignore[no-untyped-call]
 
     # -- calling ---------------------------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ class ParallelModule(nn.Module):
             bound, lowered, grad=grad, record=self.record, device=self.output_device, done=_setter(weakref.ref(self))
         )
         with self._lock:
-            outputs = _Pipeline.apply(call, *call.tensors()) if grad else call.forward()
+            outputs = _Pipeline.apply(call, *call.tensors()) if grad else call.forward()  # type: ignore[no-untyped-call]
         values = dict(zip(call.made, outputs, strict=True))
         for name in graph.outputs:
             if name not in values:
@@ -199,7 +199,7 @@ class ParallelModule(nn.Module):
             self.record = before
 
     def measure_memory(self, *args: Any, **kwargs: Any) -> dict[str, int]:
-        """Peak bytes on each device in one ``train_step`` of this call; in one forward, where the module is in eval mode.
+        """Peak bytes on each device in one ``train_step`` of this call; in eval mode, in one forward.
 
         Parameters a device keeps, gradients, activations, what it received; ``"caller"``: made outside the devices.
         Gradients are afterwards as they were; ``trace`` is the step's, with its ``memory``.

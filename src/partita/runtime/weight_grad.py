@@ -57,7 +57,7 @@ def _queue(*weights: torch.Tensor | None) -> WeightQueue | None:
     Other leaves, activations received from another stage say, need their gradient in B, not later.
     """
     queue: WeightQueue | None = getattr(_current, "queue", None)
-    if queue is None or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if queue is None or not torch.is_grad_enabled():
         return None
     if any(w is not None and not (w.requires_grad and getattr(w, _MARK, False)) for w in weights):
         return None

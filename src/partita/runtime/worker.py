@@ -8,7 +8,6 @@ same ``.grad``.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -66,7 +65,6 @@ class StepState:
     parameters: dict[str, torch.Tensor]
     devices: dict[str, DeviceState]
     grad: bool
-    autocast: tuple[tuple[str, torch.dtype], ...] = ()
     once: dict[str, torch.Tensor] = field(default_factory=dict)
     results: dict[Key, torch.Tensor] = field(default_factory=dict)
     input_grads: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -149,13 +147,7 @@ class Worker:
             arguments.append(value)
         size = state.program.sizes[microbatch] if microbatch >= 0 else state.batch
         try:
-            if state.autocast:
-                with contextlib.ExitStack() as stack:
-                    for kind, dtype in state.autocast:
-                        stack.enter_context(torch.autocast(kind, dtype=dtype))
-                    outputs = code.run(size, state.batch, self.mine.device, *arguments)
-            else:
-                outputs = code.run(size, state.batch, self.mine.device, *arguments)
+            outputs = code.run(size, state.batch, self.mine.device, *arguments)
         except Stopped:
             raise
         except Exception as error:
