@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dividing import divided
+from dividing import cluster, divided
 from torch import nn
 
+import partita
 from partita.errors import ExecutionError
 from partita.runtime.module import ParallelModule
 
@@ -94,6 +95,26 @@ def test_an_error_in_user_code_forward_or_backward_reaches_the_caller(where: str
     assert "stage 1 on cpu:1" in str(caught.value)
     Picky.fail = ""
     parallel(x, ids).sum().backward()
+
+
+def test_an_error_in_a_live_model_keeps_its_type_and_says_which_module_and_device() -> None:
+    class Live(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.emb, self.total = nn.Linear(6, 6), nn.Embedding(5, 6), 0.0
+
+        def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            h = self.a(x)
+            self.total = float(h.detach().sum()) + self.total
+            return self.emb(ids) + h * (1 if self.total > 0 else 2)
+
+    x, ids = torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
+    parallel = partita.split(Live(), (x, ids), at=["emb"], devices=cluster(2))
+    parallel(x, ids)
+    with pytest.raises(IndexError) as caught:
+        parallel(x, ids + 4)
+    assert caught.value.__notes__ == ["in module 'emb', which runs on cpu:1"]
+    parallel(x, ids)
 
 
 def test_an_error_keeps_no_step_alive_once_it_is_dropped() -> None:
@@ -207,7 +228,7 @@ def run_script(body: str, *, interrupt: bool = False) -> tuple[int, str, str]:
 SLOW = """
     import sys, time, torch
     from torch import nn
-    from dividing import divided
+    from dividing import cluster, divided
     class Slow(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):

@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dividing import Case, assert_same, cases, differences, divided, divided_hard, training_step
+from dividing import Case, assert_same, cases, cluster, differences, divided, divided_hard, training_step
 from torch import nn
 
+from partita.capture import capture
 from partita.errors import PartitaError
+from partita.plan import Plan, Stage
 from partita.runtime import codegen
 from partita.runtime.bind import Entry
 from partita.runtime.local import Local
+from partita.runtime.module import ParallelModule
 from partita.runtime.worker import StepState, Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -154,6 +157,62 @@ def test_dropout_drawn_anew_in_each_microbatch_would_be_wrong(monkeypatch: pytes
 
     monkeypatch.setattr(Worker, "take", anew)
     assert wrong(Dropped(), (torch.randn(8, 6),), at=["b", "drop2"])
+
+
+class Branches(nn.Module):
+    """Two stages that wait for nothing but the input, and draw by their own values; the first is the slow one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(*(nn.Linear(6, 6) for _ in range(40)))
+        self.b = nn.Linear(6, 6)
+        self.c = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.softmax(self.a(x), -1)
+        u = torch.multinomial(h.detach(), 1)
+        g = torch.softmax(self.b(x), -1)
+        v = torch.multinomial(g.detach(), 1)
+        return self.c(h * u + g * v)
+
+
+def test_draws_that_depend_on_values_happen_in_the_models_order_whichever_stage_is_ready_first() -> None:
+    assert_same(Branches(), (torch.randn(8, 6),), at=["b", ":mul"], bitwise=False)
+
+
+def test_draws_by_whoever_is_ready_first_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from partita.runtime import route
+
+    monkeypatch.setattr(route, "random_turns", lambda graph, program: {})
+    model, x = Branches(), torch.randn(8, 6)
+    found = differences(model, (x,), at=["b", ":mul"], only=lambda case: case.stages == 3)
+    assert not all(comparison.ok for comparison in found.values())
+
+
+def test_a_plan_whose_stages_draw_by_turns_is_refused() -> None:
+    class Turns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            u = torch.multinomial(torch.softmax(self.a(x), -1).detach(), 1)
+            v = torch.multinomial(torch.softmax(self.b(x), -1).detach(), 1)
+            w = torch.multinomial(torch.softmax(self.c(x), -1).detach(), 1)
+            return self.a(x) * u + self.b(x) * v + self.c(x) * w
+
+    x = torch.randn(8, 6)
+    graph = capture(Turns(), (x,)).graph
+    draws = [i for i, op in enumerate(graph.ops) if op.random]
+    assert len(draws) == 3
+    later = {op.name for op in graph.ops[draws[0] + 1 : draws[1] + 1]}
+    stage_of = {op.name: int(op.name in later or i > draws[2]) for i, op in enumerate(graph.ops)}
+    stages = tuple(
+        Stage((f"cpu:{k}",), ops=tuple(name for name, stage in stage_of.items() if stage == k)) for k in range(2)
+    )
+    parallel = ParallelModule(Turns(), Plan(stages, devices=("cpu:0", "cpu:1")), cluster(2))
+    with pytest.raises(PartitaError, match="draw random numbers by turns"):
+        parallel(x)
 
 
 # -- uneven batches ----------------------------------------------------------------------------------------------------

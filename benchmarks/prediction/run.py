@@ -1,4 +1,4 @@
-"""Predicted and measured step time and memory of many plans of each model, and whether the planner chose the fastest."""
+"""Predicted and measured time and memory of many plans of each model, and whether the planner chose the fastest."""
 
 from __future__ import annotations
 

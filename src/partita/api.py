@@ -22,8 +22,8 @@ from partita.planners.auto import auto
 from partita.planners.constraints import Constraints
 from partita.runtime.compare import Comparison, allow_rounding, compare, observe, observe64
 from partita.runtime.front import LazyParallel, device_names, dividing
-from partita.runtime.module import ParallelModule
 from partita.runtime.live import children_bytes
+from partita.runtime.module import ParallelModule
 from partita.sharding.batch import layouts
 from partita.sharding.registry import sharding_rule
 
@@ -54,8 +54,8 @@ def parallelize(
     ``example_args``, ``example_kwargs``: one typical call. ``plan``: a Plan or its file (manual); None: found here.
     ``memory``: per device, ``"2GiB"`` or ``{device: "2GiB"}``. ``optimizer``: whose state to leave room for.
     ``loss_fn(output, target)``: for ``train_step``. ``profile``: time the model's parts here before planning (seconds,
-    kept on disk); False: plan from counts and device speeds alone. Raises PlanError (all problems at once), InfeasibleError (with the
-    nearest remedy), CaptureError, ClusterError, UsageError.
+    kept on disk); False: plan from counts and device speeds alone. Raises PlanError (all problems at once),
+    InfeasibleError (with the nearest remedy), CaptureError, ClusterError, UsageError.
     """
     cluster = local_cluster(devices, memory)
     captured = _capture(model, example_args, example_kwargs)
@@ -129,7 +129,7 @@ def ModelParallel(  # noqa: N802 - the shape of DistributedDataParallel
     split_at: Sequence[str] | None = None,
     **options: Any,
 ) -> LazyParallel:
-    """In DistributedDataParallel's shape: divided at the first call, at ``split_at`` or where the planner finds best."""
+    """In DistributedDataParallel's shape: divided at the first call, at ``split_at`` or where the planner says."""
     names = device_names(device_ids)
 
     def divide(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelModule:

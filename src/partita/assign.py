@@ -83,8 +83,27 @@ def assign(plan: Plan, graph: Graph) -> dict[str, int]:
 
     Named ops win, then the longest module name that covers. What no stage names runs at the latest stage among the ops
     whose results it uses; where there are none (masks, constants), at the earliest stage among the ops that use it.
+    An op made of nothing but constants and inputs (``arange``) moves forward to its first user, whoever lists it.
     """
-    return complete(graph, listed(plan, graph))
+    return pulled(graph, complete(graph, listed(plan, graph)))
+
+
+def pulled(graph: Graph, stage: Mapping[str, int]) -> dict[str, int]:
+    """``stage`` with each op that follows no other stage's work no later than the first op that uses its result."""
+    free: set[str] = set()
+    for op in graph.ops:
+        makers = [graph.producer(name) for name in op.uses()]
+        loose = all(i is None or graph.ops[i].name in free for i in makers)
+        if loose and not op.writes and not any(graph.tensor(o).needs_grad for o in op.outputs if o):
+            free.add(op.name)
+    result = dict(stage)
+    for op in reversed(graph.ops):
+        for name in op.uses():
+            maker = graph.producer(name)
+            if maker is not None and graph.ops[maker].name in free:
+                made = graph.ops[maker].name
+                result[made] = min(result[made], result[op.name])
+    return result
 
 
 def complete(graph: Graph, known: Mapping[str, int]) -> dict[str, int]:

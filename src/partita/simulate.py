@@ -220,7 +220,7 @@ class _Memory:
             self.late[key] = self.late.get(key, 0.0) + min(float(cost.later), total)
             total -= min(float(cost.later), total)
         lines = cost.climb if fresh and not splits_backward else cost.surge
-        rise = max((line.at(samples) for line in lines), default=0.0)
+        rise = max((line.at(samples) for line in lines), default=transient)
         if splits_backward:
             rise += cost.joined.at(samples)
         self._add(device, 0.0, max(rise, 0.0))

@@ -5,6 +5,7 @@ Traced on fake tensors at two batch sizes; a module whose inside no graph can ho
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -27,6 +28,8 @@ from partita.capture.structure import Structure, put_together, take_apart
 from partita.capture.tracer import Draws, Tracer
 from partita.errors import CaptureError
 
+_ONE_AT_A_TIME = threading.RLock()  # tracing patches torch and puts fakes into the model
+
 
 def capture(
     model: nn.Module,
@@ -42,7 +45,8 @@ def capture(
     running the model as it is cannot work. Without ``guards`` a module that reads values of the inputs runs as one
     piece.
     """
-    return _Capture(model, tuple(args), dict(kwargs or {}), forward or model, guards).result()
+    with _ONE_AT_A_TIME:
+        return _Capture(model, tuple(args), dict(kwargs or {}), forward or model, guards).result()
 
 
 class _Capture:
@@ -288,6 +292,8 @@ class Pieces:
         for path, module in self.modules.items():
             if path and (module._backward_hooks or module._backward_pre_hooks):
                 self.reasons[path] = "it has backward hooks"
+            elif path and _own_hooks(module):
+                self.reasons[path] = "it has forward hooks of yours"
             elif path and isinstance(module, torch.jit.ScriptModule):
                 self.reasons[path] = "it is a ScriptModule"
 
@@ -314,6 +320,12 @@ class Pieces:
     def notes(self) -> list[str]:
         inside = [p for p in self.reasons if not any(p != q and p.startswith(f"{q}.") for q in self.reasons)]
         return [f"{path} runs as one piece: {self.reasons[path]}" for path in inside]
+
+
+def _own_hooks(module: nn.Module) -> bool:
+    """Whether hooks that are not torch's own (``weight_norm`` is one) run around its forward."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not type(hook).__module__.startswith("torch.") for hook in hooks)
 
 
 def _stock(module: nn.Module) -> bool:

@@ -24,7 +24,6 @@ from partita.errors import PartitaError
 from partita.runtime.memory import measure_memory
 from partita.units import format_bytes, format_seconds
 
-LEARNING_RATE = 5e-4
 CURVE_TOLERANCE = 1e-3  # relative, of the loss, anywhere in the curve: rounding grows as training goes on
 GRADIENT_TOLERANCE = 1e-4  # relative to the tensor's largest value
 WARM_UP = 3
@@ -41,6 +40,7 @@ class Workload:
     about: str
     make: Callable[[], tuple[nn.Module, Iterator[data.Batch]]]
     smaller: float = 0.0
+    learning_rate: float = 5e-4
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _speech() -> tuple[nn.Module, Iterator[data.Batch]]:
 
 WORKLOADS = (
     Workload("text", "a character-level GPT on the Python standard library's sources", _text, 0.7),
-    Workload("digits", "a vision transformer on scikit-learn's handwritten digits", _digits),
+    Workload("digits", "a vision transformer on scikit-learn's handwritten digits", _digits, learning_rate=1.5e-4),
     Workload("speech", "a wav2vec-style tone reader on generated audio", _speech),
 )
 
@@ -110,8 +110,8 @@ def show(workload: Workload, console: Console, progress: Progress, *, devices: S
     )  # fmt: skip
     if not (worst <= GRADIENT_TOLERANCE and loss_off <= GRADIENT_TOLERANCE):
         failures.append(f"train_step differs from an ordinary step: loss by {loss_off:.1e}, '{name}' by {worst:.1e}")
-    ours = torch.optim.AdamW(parallel.parameters(), lr=LEARNING_RATE)
-    updates = (torch.optim.AdamW(plain.parameters(), lr=LEARNING_RATE), ours)
+    ours = torch.optim.AdamW(parallel.parameters(), lr=workload.learning_rate)
+    updates = (torch.optim.AdamW(plain.parameters(), lr=workload.learning_rate), ours)
     losses, seconds = train_both(plain, parallel, updates, batches, steps, progress)
     curve_off = max(abs(a - b) / abs(a) for a, b in losses)
     console.print(

@@ -1,4 +1,4 @@
-"""This machine as numbers: its devices and their speed, what a model's parts take on them; kept on disk between runs."""
+"""This machine as numbers: its devices, their speed, what a model's parts take on them; kept on disk between runs."""
 
 from partita.measure.calls import kept_timings, measure_call
 from partita.measure.detect import local_cluster

@@ -13,10 +13,12 @@ from partita.capture import Captured
 from partita.cluster import Cluster
 from partita.cost.measured import Measured
 from partita.cost.table import cost_table
-from partita.measure.profile import kept, profile
+from partita.measure.profile import BUDGET_SECONDS, kept, profile
 from partita.sharding.batch import layouts
 
 LEAST_SECONDS = 0.002
+LEAST_BUDGET = 0.3
+STEPS_WORTH = 30
 
 
 def measure_call(
@@ -32,7 +34,10 @@ def measure_call(
     possible (no real tensors, devices that are not here, user code that should not run twice) or not worth it (a step
     of less than 2 ms). A failure is told as a warning: planning then goes by counts.
     """
-    if not _possible(captured, cluster) or not _worth_it(captured, cluster, train):
+    if not _possible(captured, cluster):
+        return None
+    step = _step_seconds(captured, cluster, train)
+    if step < LEAST_SECONDS:
         return None
     leaves = captured.flatten(tuple(args), kwargs)
     if leaves is None:
@@ -46,7 +51,10 @@ def measure_call(
     if any(t.is_meta or t.layout != torch.strided for t in (*given.values(), *weights.values())):
         return None
     try:
-        return profile(captured, layouts(captured.graph), cluster, given=given, parameters=weights, train=train)
+        return profile(
+            captured, layouts(captured.graph), cluster, given=given, parameters=weights, train=train,
+            budget_seconds=min(BUDGET_SECONDS, max(LEAST_BUDGET, STEPS_WORTH * step)),
+        )  # fmt: skip
     except Exception as error:
         warnings.warn(
             f"measuring the model's parts failed ({type(error).__name__}: {error}); the plan is made from counts. "
@@ -74,11 +82,11 @@ def _possible(captured: Captured, cluster: Cluster) -> bool:
     return True
 
 
-def _worth_it(captured: Captured, cluster: Cluster, train: bool) -> bool:
-    """Whether one step on the slowest device takes long enough, by the analytic model, that planning it well matters."""
+def _step_seconds(captured: Captured, cluster: Cluster, train: bool) -> float:
+    """One step on the slowest device alone, by the analytic model."""
     table, batch = cost_table(captured.graph, cluster), max(captured.graph.batch, 1)
     slowest = 0.0
     for kind in table.kinds:
         rows = table.forward[kind] + (table.backward[kind] + table.weight[kind] if train else 0.0)
         slowest = max(slowest, float(rows[:, 0].sum() + rows[:, 1].sum() * batch))
-    return slowest >= LEAST_SECONDS
+    return slowest

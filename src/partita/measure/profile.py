@@ -1,9 +1,10 @@
 """Profile: what each distinct part of a model takes on each kind of device, measured by running it as steps do.
 
-The graph is cut into units (``cost.blocks.profile_units``); equal layers have equal signatures and are measured once, a few of
-them in turn, so that weights come from memory as in a step. Each unit runs through the runtime's own worker, on the
+The graph is cut into units (``cost.blocks.profile_units``); equal layers have equal signatures and are measured once,
+two of them in turn, so that weights come from memory as in a step. Each unit runs the code a plan would run, on the
 device's own thread and cores, with real inputs: a forward of every unit, then backward and weight gradients in reverse,
 first with no gradients yet, then adding to them. Devices that share the machine's memory run at the same time.
+On a device of one core the clock is the thread's own, so that what other processes take is not counted.
 """
 
 from __future__ import annotations
@@ -213,7 +214,10 @@ def _chosen(program: Program, parts: Sequence[Block]) -> tuple[int, ...]:
 def _round(lane: _Lane, chosen: Sequence[int], train: bool, barrier: threading.Barrier) -> None:
     """Two passes over the chosen units: with no gradients yet, then adding to them."""
     rehearsal = lane.rehearsal
-    wait = partial(torch.cuda.synchronize, rehearsal.device) if rehearsal.device.type == "cuda" else lambda: None
+
+    def wait() -> None:
+        if rehearsal.device.type == "cuda":
+            torch.cuda.synchronize(rehearsal.device)
 
     one_core = rehearsal.device.type == "cpu" and len(lane.device.cores) == 1
     clock = time.thread_time if one_core else time.perf_counter  # what neighbours take is not the device's

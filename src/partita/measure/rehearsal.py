@@ -1,7 +1,7 @@
-"""Rehearsal: the segments of a Program run on one device, one at a time, outside any schedule, as the runtime runs them.
+"""Rehearsal: segments of a Program run on one device, one at a time, outside any schedule, as the runtime runs them.
 
-Inputs are real: ``open`` runs every segment once, in order, and keeps what crosses their borders. Each run afterwards is
-its own autograd graph over detached inputs and the device's own leaves of the parameters.
+Inputs are real: ``open`` runs every segment once, in order, and keeps what crosses their borders. Each run afterwards
+is its own autograd graph over detached inputs and the device's own leaves of the parameters.
 """
 
 from __future__ import annotations

@@ -313,8 +313,11 @@ class _Planner:
             synced = self.sync and len(plan.stages) == 1 and len(plan.stages[0].devices) == plan.batch.microbatches
             how = self.synced if synced else self.layouts
             program = lower(self.graph, how, plan, batch=self.batch or 1, train=self.train)
-            trace = simulate(program, segment_costs(program, self.table, self.cluster), self.cluster,
-                             optimizer=self.optimizer if self.train else "none")  # fmt: skip
+            costs = segment_costs(program, self.table, self.cluster)
+            try:
+                trace = simulate(program, costs, self.cluster, optimizer=self.optimizer if self.train else "none")
+            except PlanError:  # stages that wait for each other: no plan
+                continue
             if any(need > limits[device] for device, need in trace.memory):
                 continue
             busy = {device: trace.busy_seconds(device) for device, _ in trace.memory}

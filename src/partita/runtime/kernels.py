@@ -36,10 +36,7 @@ def rewritten(function: Callable[..., Any], rewrite: Rewrite) -> Callable[..., A
 
         def summed(wholes: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
             counted = wholes[0] != rewrite.ignore_index
-            if len(wholes) > 1:
-                total = wholes[1][wholes[0][counted]].sum()
-            else:
-                total = counted.sum()
+            total = wholes[1][wholes[0][counted]].sum() if len(wholes) > 1 else counted.sum()
             values = list(args)
             if rewrite.reduction_arg < len(values):
                 values[rewrite.reduction_arg] = 2

@@ -56,7 +56,7 @@ def dispatched(module: nn.Module, placed: dict[str, str], team: Team) -> Iterato
             child = known[name]
             if "forward" in vars(child):
                 continue
-            object.__setattr__(child, "forward", _sender(child.forward, device, team, active))
+            object.__setattr__(child, "forward", _sender(child.forward, name, device, team, active))
             patched.append(child)
         yield
     finally:
@@ -64,7 +64,7 @@ def dispatched(module: nn.Module, placed: dict[str, str], team: Team) -> Iterato
             vars(child).pop("forward", None)
 
 
-def _sender(forward: Callable[..., Any], device: str, team: Team, active: list[str]) -> Callable[..., Any]:
+def _sender(forward: Callable[..., Any], name: str, device: str, team: Team, active: list[str]) -> Callable[..., Any]:
     target = torch_device(device)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -89,6 +89,9 @@ def _sender(forward: Callable[..., Any], device: str, team: Team, active: list[s
         active.append(device)
         try:
             team.run({device: job}, lambda: None)
+        except Exception as error:
+            error.add_note(f"in module '{name}', which runs on {device}")
+            raise
         finally:
             active.pop()
         return result[0]

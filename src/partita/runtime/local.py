@@ -77,6 +77,7 @@ class Local:
         record: bool = False,
     ) -> StepState:
         """A fresh step: the batch-independent part is computed here, on the caller's thread."""
+        settle(program, parameters, self.torch_devices)
         state = StepState(
             graph=self.captured.graph,
             program=program,
@@ -146,7 +147,7 @@ class Local:
             device.grads[key] = part if held is None else held + part
 
     def parameter_grads(self, state: StepState) -> dict[str, torch.Tensor]:
-        """Each parameter's gradient: the sum over the devices that used it. Large shared ones are summed in parallel."""
+        """Each parameter's gradient: the sum over the devices that used it, large ones summed in parallel."""
         found: dict[str, list[torch.Tensor]] = {}
         for device in state.devices.values():
             for name, alias in device.aliases.items():
@@ -176,6 +177,21 @@ class Local:
 
     def trace(self, state: StepState) -> Trace:
         return Trace(tuple(e for d in state.devices.values() for e in d.events))
+
+
+def settle(program: Program, parameters: Mapping[str, torch.Tensor], devices: Mapping[str, torch.device]) -> None:
+    """Move each parameter to the first device that uses it; where all devices are CPU cores there is nothing to do."""
+    if all(device.type == "cpu" for device in devices.values()):
+        return
+    moved: set[str] = set()
+    for segment, places in zip(program.segments, program.placement, strict=True):
+        for use in segment.uses:
+            parameter = parameters.get(use.tensor)
+            if parameter is None or use.tensor in moved or places[0] not in devices:
+                continue
+            moved.add(use.tensor)
+            if parameter.device != devices[places[0]]:
+                parameter.data = parameter.data.to(devices[places[0]])
 
 
 def deliver(parameters: Mapping[str, torch.Tensor], grads: dict[str, torch.Tensor]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from partita.errors import PlanError
 from partita.graph import Graph
 from partita.program import Fixed, Instruction, Partial, Program, Split, Use
 
@@ -41,13 +42,19 @@ class Outlet:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One instruction, with what it takes, makes and drops. ``last_of_run``: the next is no W."""
+    """One instruction, with what it takes, makes and drops. ``last_of_run``: the next is no W.
+
+    ``after``: the segment on another device that draws random numbers just before this one, 0 for none; ``then``: the
+    device of the one that draws next.
+    """
 
     instruction: Instruction
     inlets: tuple[Inlet, ...] = ()
     outlets: tuple[Outlet, ...] = ()
     drops: tuple[Key, ...] = ()
     last_of_run: bool = True
+    after: int = 0
+    then: str = ""
 
 
 def route(
@@ -62,6 +69,7 @@ def route(
     for key, position in last.items():
         drops.setdefault(position, []).append(key)
     inlets: dict[tuple[int, bool], tuple[Inlet, ...]] = {}
+    turns = random_turns(graph, program)
     outputs = frozenset(graph.outputs)
     steps = []
     for position, instruction in enumerate(instructions):
@@ -75,7 +83,8 @@ def route(
                 Outlet(name, (name, instruction.microbatch) in last, name in outputs)
                 for name in program.segments[index].outputs
             )
-            step = replace(step, inlets=inlets[index, whole], outlets=outlets)
+            after, then = turns.get(index, (0, ""))
+            step = replace(step, inlets=inlets[index, whole], outlets=outlets, after=after, then=then)
         elif instruction.kind == "W":
             following = instructions[position + 1 : position + 2]
             step = replace(step, last_of_run=not following or following[0].kind != "W")
@@ -116,3 +125,54 @@ def _inlets(graph: Graph, program: Program, index: int, mutated: frozenset[int],
         else:
             found.append(Inlet(use, "given", meta.role == "input", rows, False))
     return tuple(found)
+
+
+def random_turns(graph: Graph, program: Program) -> dict[int, tuple[int, str]]:
+    """Segment -> (the one on another device that draws just before it, the other device that draws just after it).
+
+    Random numbers come from one generator: segments that draw during the step do so in the model's order, whichever is
+    ready first. Raises PlanError where the plan's order of segments cannot be the model's order of draws.
+    """
+    segment_of = {op: i for i, s in enumerate(program.segments) if s.phase != "once" for op in s.ops}
+    drawing = [segment_of[op.name] for op in graph.ops if op.random and op.name in segment_of]
+    order = [index for i, index in enumerate(drawing) if i == 0 or drawing[i - 1] != index]
+    if len(set(order)) < 2 or any(_runs(program, index) > 1 for index in order):
+        return {}
+    for earlier, later in zip(order, order[1:], strict=False):
+        if order.count(later) > 1 or (later < earlier and not _apart(program, earlier, later)):
+            stages = program.segments[earlier].stage, program.segments[later].stage
+            draws = [op.name for op in graph.ops if op.random and segment_of.get(op.name) in (earlier, later)]
+            raise PlanError(
+                f"stages {stages[0]} and {stages[1]} draw random numbers by turns ({', '.join(draws[:4])}), and a "
+                "stage runs in one piece: its numbers would differ from the unsplit model's. Put these ops into one "
+                "stage"
+            )
+    places = [program.placement[index][0] for index in order]
+    turns: dict[int, tuple[int, str]] = {}
+    for k, index in enumerate(order):
+        after = order[k - 1] if k and places[k - 1] != places[k] else 0
+        then = places[k + 1] if k + 1 < len(order) and places[k + 1] != places[k] else ""
+        turns[index] = after, then
+    return turns
+
+
+def _runs(program: Program, index: int) -> int:
+    return 1 if program.segments[index].phase == "whole" else len(program.sizes)
+
+
+def _apart(program: Program, earlier: int, later: int) -> bool:
+    """Whether a segment of a lower stage may wait for one of a higher stage: other devices, and nothing used of it."""
+    return program.placement[earlier] != program.placement[later] and not _comes_after(program, earlier, later)
+
+
+def _comes_after(program: Program, segment: int, other: int) -> bool:
+    """Whether ``segment`` uses, directly or not, what ``other`` makes."""
+    seen, stack = set(), [segment]
+    while stack:
+        for use in program.segments[stack.pop()].uses:
+            if use.source == other:
+                return True
+            if use.source > 0 and use.source not in seen:
+                seen.add(use.source)
+                stack.append(use.source)
+    return False

@@ -100,7 +100,7 @@ def batch_norm(key: str) -> Callable[..., torch.Tensor]:
     ) -> torch.Tensor:  # fmt: skip
         if not training:
             return torch.batch_norm(x, weight, bias, running_mean, running_var, False, momentum, eps, cudnn_enabled)
-        result: torch.Tensor = _BatchNorm.apply(x, weight, bias, (running_mean, running_var), momentum, eps, key)
+        result: torch.Tensor = _BatchNorm.apply(x, weight, bias, (running_mean, running_var), momentum, eps, key)  # type: ignore[no-untyped-call]
         return result
 
     run.returns_sequence = False  # type: ignore[attr-defined]

@@ -124,7 +124,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     queue = _queue(weight, bias) if weight.dim() == 2 and x.dim() > 1 else None
     if queue is None:
         return F.linear(x, weight, bias)
-    result: torch.Tensor = _Linear.apply(x, weight, bias, queue)
+    result: torch.Tensor = _Linear.apply(x, weight, bias, queue)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -160,7 +160,7 @@ def addmm(
     queue = _queue(bias, weight) if bias.dim() == 1 and beta == 1 and alpha == 1 else None
     if queue is None:
         return torch.addmm(bias, x, weight, beta=beta, alpha=alpha)
-    result: torch.Tensor = _Addmm.apply(bias, x, weight, queue)
+    result: torch.Tensor = _Addmm.apply(bias, x, weight, queue)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -197,7 +197,7 @@ def embedding(
     queue = None if scale_grad_by_freq or sparse else _queue(weight)
     if queue is None:
         return torch.embedding(weight, index, padding_idx, scale_grad_by_freq, sparse)
-    result: torch.Tensor = _Embedding.apply(weight, index, padding_idx, queue)
+    result: torch.Tensor = _Embedding.apply(weight, index, padding_idx, queue)  # type: ignore[no-untyped-call]
     return result
 
 

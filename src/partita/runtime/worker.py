@@ -136,6 +136,8 @@ class Worker:
     def forward(self, step: Step) -> None:
         state, index, microbatch = self.state, step.instruction.segment, step.instruction.microbatch
         code = state.codes[index]
+        if step.after:
+            self.exchange.receive(self.name, ("drawn", step.after))
         leaves: list[tuple[Use, torch.Tensor]] = []
         arguments = []
         for inlet in step.inlets:
@@ -152,6 +154,8 @@ class Worker:
             raise
         except Exception as error:
             raise self.failure(index, error) from error
+        if step.then:
+            self.exchange.send(step.then, ("drawn", index), None)
         del arguments
         kept: dict[str, Edge] = {}
         for outlet, value in zip(step.outlets, outputs, strict=True):
