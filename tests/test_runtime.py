@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable
@@ -239,6 +240,45 @@ def test_train_and_eval_switch_dropout_and_batch_norm() -> None:
         expected = model(x)
         torch.manual_seed(2)
         torch.testing.assert_close(parallel(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_that_was_put_in_eval_mode_stays_in_it() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    model[1].eval()
+    parallel = divided(model, (batch()[0],), at=["2"], microbatches=4)
+    x, _ = batch()
+    found = parallel(x)
+    assert model[1].training is False and parallel.training and copy.deepcopy(parallel).module[1].training is False
+    torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-6)
+    assert model[1].num_batches_tracked == 0
+
+
+def test_a_configuration_changed_between_calls_is_noticed() -> None:
+    class Config:
+        def __init__(self) -> None:
+            self.scale = 1.0
+
+    class Configured(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config, self.order = Config(), [0, 1]
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for index in self.order:
+                x = (self.a, self.b)[index](x) * self.config.scale
+            return x
+
+    model = Configured()
+    parallel = divided(model, (torch.randn(8, 6),), at=["b"], microbatches=2)
+    x = torch.randn(8, 6)
+    torch.testing.assert_close(parallel(x), model(x), rtol=1e-5, atol=1e-6)
+    model.config.scale = 3.0
+    torch.testing.assert_close(parallel(x), model(x), rtol=1e-5, atol=1e-6)
+    model.order.reverse()
+    model.order.append(0)
+    with contextlib.suppress(ExecutionError):  # the plan's stages may no longer fit; never the old numbers
+        torch.testing.assert_close(parallel(x), model(x), rtol=1e-5, atol=1e-6)
 
 
 def test_autocast_around_the_call_is_the_unsplit_models_autocast() -> None:

@@ -14,7 +14,7 @@ from partita.capture import Captured, capture
 from partita.check import require
 from partita.cluster import Cluster
 from partita.errors import UsageError
-from partita.lower import can_synchronise
+from partita.lockstep import can_synchronise
 from partita.manual import plan_from_cuts, plan_live
 from partita.measure import kept_timings, local_cluster, measure_call
 from partita.plan import Plan
@@ -122,7 +122,7 @@ def split(
     return ParallelModule(model, plan, cluster, loss_fn=loss_fn)
 
 
-def ModelParallel(  # noqa: N802 - the shape of DistributedDataParallel
+def ModelParallel(
     module: nn.Module,
     device_ids: Sequence[int | str],
     *,
@@ -165,7 +165,8 @@ def verify(
     """Outputs, every named gradient and buffers of the divided model against the unsplit one, with one seed.
 
     ``devices`` None: those the plan names. Tensors beyond the tolerances are judged against the unsplit model in
-    float64, whose own float32 rounding is allowed (and reported). The model, its gradients and the random state are left as they were.
+    float64, whose own float32 rounding is allowed (and reported). The model, its gradients and the random state are
+    left as they were.
     """
     args, kwargs = tuple(example_args), dict(example_kwargs or {})
     chosen = Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan

@@ -88,7 +88,8 @@ def plan_from_cuts(
             problems.append(f"split point '{name}' is the very beginning of the model: the first stage would be empty")
         elif starts and first <= starts[-1]:
             problems.append(
-                f"split point '{name}' runs before '{at[len(starts) - 1]}' or begins with it: list them in the order they run"
+                f"split point '{name}' runs before '{at[len(starts) - 1]}' or begins with it: "
+                "list them in the order they run"
             )
         else:
             starts.append(first)

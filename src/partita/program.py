@@ -109,8 +109,8 @@ class Program:
     """``instructions``: device name -> its list. ``sizes``: samples of each microbatch.
 
     ``placement``: device of (segment, microbatch): ``placement[segment][microbatch]``, one entry where the segment
-    runs once. ``train``: with backward, else forward only. ``synchronised``: batch norms combine their statistics over the
-    microbatches, which run at the same time, one a device.
+    runs once. ``train``: with backward, else forward only. ``synchronised``: batch norms combine their statistics over
+    the microbatches, which run at the same time, one a device.
     """
 
     devices: tuple[str, ...]

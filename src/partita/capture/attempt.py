@@ -5,9 +5,11 @@ Traced on fake tensors at two batch sizes; a module whose inside no graph can ho
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,7 @@ from partita.capture.generalise import Disagree, Line, build, extrapolates, join
 from partita.capture.guards import make_guards
 from partita.capture.memory import Change, Effect, Spoilt, Tally, keep_buffers, memo_of_tensors, step_of
 from partita.capture.opaque import substituted
+from partita.capture.outward import Pieces
 from partita.capture.randomness import separate
 from partita.capture.records import Break, Call, Trace
 from partita.capture.shadow import Shadow
@@ -27,6 +30,20 @@ from partita.capture.state import ModuleState, same_random_numbers
 from partita.capture.structure import Structure, put_together, take_apart
 from partita.capture.tracer import Draws, Tracer
 from partita.errors import CaptureError
+from partita.torch_compat import FakeTensor
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch's fake tensors log a traceback for every refused op; the refusal itself is what capture reports."""
+    logger = logging.getLogger(FakeTensor.__module__)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
 
 _ONE_AT_A_TIME = threading.RLock()  # tracing patches torch and puts fakes into the model
 
@@ -45,7 +62,7 @@ def capture(
     running the model as it is cannot work. Without ``guards`` a module that reads values of the inputs runs as one
     piece.
     """
-    with _ONE_AT_A_TIME:
+    with _ONE_AT_A_TIME, _quiet():
         return _Capture(model, tuple(args), dict(kwargs or {}), forward or model, guards).result()
 
 
@@ -281,55 +298,6 @@ class _Capture:
     def live_at(self, batch: int) -> tuple[Trace, list[Call]]:
         trace, calls = self.traced(resize(self.leaves, self.batch, batch))
         return trace, live(calls, trace.outputs)
-
-
-class Pieces:
-    """The modules and methods that run as one op, and why. Grows outward until a trace succeeds."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules())
-        self.reasons: dict[str, str] = {}
-        for path, module in self.modules.items():
-            if path and (module._backward_hooks or module._backward_pre_hooks):
-                self.reasons[path] = "it has backward hooks"
-            elif path and _own_hooks(module):
-                self.reasons[path] = "it has forward hooks of yours"
-            elif path and isinstance(module, torch.jit.ScriptModule):
-                self.reasons[path] = "it is a ScriptModule"
-
-    @property
-    def paths(self) -> frozenset[str]:
-        return frozenset(self.reasons)
-
-    def around(self, found: Break) -> str:
-        """Make a piece around the spot: a method of the module, or the module. Returns why not, if neither can be."""
-        for piece in found.methods:
-            if piece not in self.reasons:
-                self.reasons[piece] = str(found)
-                return ""
-        path = found.module
-        while path and path in self.reasons:
-            path = path.rpartition(".")[0]
-        if not path:
-            return str(found)
-        for other, module in self.modules.items():  # modules of the user's same class will do the same
-            if other == path or (other and type(module) is type(self.modules[path]) and not _stock(module)):
-                self.reasons.setdefault(other, str(found))
-        return ""
-
-    def notes(self) -> list[str]:
-        inside = [p for p in self.reasons if not any(p != q and p.startswith(f"{q}.") for q in self.reasons)]
-        return [f"{path} runs as one piece: {self.reasons[path]}" for path in inside]
-
-
-def _own_hooks(module: nn.Module) -> bool:
-    """Whether hooks that are not torch's own (``weight_norm`` is one) run around its forward."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(not type(hook).__module__.startswith("torch.") for hook in hooks)
-
-
-def _stock(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.")
 
 
 COPY_BYTES = 2**28  # parameters up to this size are copied for real runs, larger ones read in place

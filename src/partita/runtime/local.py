@@ -9,7 +9,8 @@ import torch
 
 from partita.capture import Captured, decode_symbol
 from partita.cluster import Cluster
-from partita.lower import effective, lower
+from partita.lockstep import effective
+from partita.lower import lower
 from partita.plan import Plan
 from partita.program import Instruction, Partial, Program, Split
 from partita.runtime.allocator import keep_freed_memory

@@ -130,7 +130,7 @@ class ParallelModule(nn.Module):
         self._team = Team(tuple(cluster.device(n) for n in names))
         self._binder = Binder(module, partial(_engine, plan, cluster, self._team))
         self._lock = threading.RLock()
-        self.train(module.training)
+        self.training = module.training  # its parts keep theirs: a frozen BatchNorm stays in eval mode
         self.register_load_state_dict_pre_hook(_own_names)  # type: ignore[no-untyped-call]
 
     # -- calling ---------------------------------------------------------------------------------------------------
