@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import pickle
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from dividing import cluster, divided
 from torch import nn
 
 import partita
-from partita.errors import ExecutionError, UsageError
+from partita.errors import ExecutionError, PlanError, UsageError
 from partita.runtime.module import ParallelModule
 
 pytestmark = pytest.mark.timeout(60)
@@ -253,7 +252,7 @@ def test_a_part_that_was_put_in_eval_mode_stays_in_it() -> None:
     assert model[1].num_batches_tracked == 0
 
 
-def test_a_configuration_changed_between_calls_is_noticed() -> None:
+def test_a_configuration_changed_between_calls_is_noticed_and_a_plan_that_no_longer_fits_is_refused() -> None:
     class Config:
         def __init__(self) -> None:
             self.scale = 1.0
@@ -277,8 +276,10 @@ def test_a_configuration_changed_between_calls_is_noticed() -> None:
     torch.testing.assert_close(parallel(x), model(x), rtol=1e-5, atol=1e-6)
     model.order.reverse()
     model.order.append(0)
-    with contextlib.suppress(ExecutionError):  # the plan's stages may no longer fit; never the old numbers
-        torch.testing.assert_close(parallel(x), model(x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(PlanError, match="another order than the plan's stages"):
+        parallel(x)
+    model.order[:] = [0, 1]
+    torch.testing.assert_close(parallel(x), model(x), rtol=1e-5, atol=1e-6)
 
 
 def test_autocast_around_the_call_is_the_unsplit_models_autocast() -> None:

@@ -60,7 +60,18 @@ class Step:
 def route(
     graph: Graph, program: Program, instructions: tuple[Instruction, ...], mutated: tuple[frozenset[int], ...]
 ) -> tuple[Step, ...]:
-    """``mutated``: of each segment, the positions of the uses it changes in place."""
+    """``mutated``: of each segment, the positions of the uses it changes in place.
+
+    Raises PlanError where the Program could never end, or could not draw its random numbers in the model's order.
+    """
+    turns = random_turns(graph, program)
+    stuck = waits_for_ever(program, turns)
+    if stuck:
+        raise PlanError(
+            "this call runs the model's parts in another order than the plan's stages, so that the devices would wait "
+            "for each other; make a plan with this call as the example:",
+            stuck,
+        )
     last: dict[Key, int] = {}
     for position, instruction in enumerate(instructions):
         for key in _reads(program, instruction):
@@ -69,7 +80,6 @@ def route(
     for key, position in last.items():
         drops.setdefault(position, []).append(key)
     inlets: dict[tuple[int, bool], tuple[Inlet, ...]] = {}
-    turns = random_turns(graph, program)
     outputs = frozenset(graph.outputs)
     steps = []
     for position, instruction in enumerate(instructions):
@@ -176,3 +186,34 @@ def _comes_after(program: Program, segment: int, other: int) -> bool:
                 seen.add(use.source)
                 stack.append(use.source)
     return False
+
+
+def waits_for_ever(program: Program, turns: dict[int, tuple[int, str]]) -> tuple[str, ...]:
+    """Who would wait for what for ever, one line a device; empty where every device reaches the end of its list."""
+    lists = dict(program.instructions)
+    done = dict.fromkeys(lists, 0)
+    sent: set[object] = set()
+    moved = True
+    while moved:
+        moved = False
+        for device, instructions in lists.items():
+            while done[device] < len(instructions):
+                step = instructions[done[device]]
+                if step.kind in ("SEND", "RECV"):
+                    key = (step.tensor, step.microbatch, step.segment if step.grad else -1, step.grad)
+                    if step.kind == "SEND":
+                        sent.add((device, step.peer, key))
+                    elif (step.peer, device, key) not in sent:
+                        break
+                elif step.kind == "F" and step.segment in turns:
+                    after, then = turns[step.segment]
+                    if after and (device, after) not in sent:
+                        break
+                    sent.add((then, step.segment))
+                done[device] += 1
+                moved = True
+    waiting = [(device, steps[done[device]]) for device, steps in lists.items() if done[device] < len(steps)]
+    return tuple(
+        f"{device} waits for {step.tensor} from {step.peer}" if step.kind == "RECV" else f"{device} waits for its turn"
+        for device, step in waiting
+    )

@@ -1,0 +1,3 @@
+from benchmarks.same_numbers.run import main
+
+main()

@@ -1,0 +1,161 @@
+"""Every model of the zoo divided and compared with itself undivided, on fresh inputs: one line a model.
+
+``python -m benchmarks.same_numbers [NAME ...]`` needs the zoo (``../shared/zoo`` or PARTITA_ZOO) and its packages.
+Cases: two and three parts, one and four microbatches, at the example batch and at five samples (which do not divide),
+dropout on and off. Prints how each model was captured and the largest relative difference; exits 1 when one differs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.capture import Captured, capture
+from partita.cluster import Cluster, Device
+from partita.cost.blocks import legal_cuts
+from partita.graph import Graph
+from partita.manual import plan_live, stage_names
+from partita.plan import Batch, Plan, Stage
+from partita.runtime.compare import Comparison, compare, observe
+from partita.runtime.live import children_bytes
+from partita.runtime.module import ParallelModule
+from partita.sharding.batch import layouts
+from partita.torch_compat import pytree
+
+ZOO = Path(os.environ.get("PARTITA_ZOO") or Path(__file__).resolve().parents[3] / "shared" / "zoo")
+CLUSTER = Cluster(tuple(Device(f"cpu:{i}", "cpu", 1 << 34, 1e10, 1e10) for i in range(3)))
+# Samples of these do not lie along the first dim of every input: joining inputs does not make a larger batch.
+FIXED_BATCH = frozenset({"hm_dlrm", "hm_variable_len_list", "hm_packed_gru", "llava"})
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    parts: int
+    microbatches: int
+    schedule: str
+    uneven: bool
+    dropout: bool
+
+
+CASES = (
+    Case(2, 1, "1f1b", uneven=False, dropout=True),
+    Case(3, 4, "1f1b", uneven=False, dropout=True),
+    Case(2, 4, "zero_bubble", uneven=True, dropout=True),
+    Case(2, 4, "gpipe", uneven=True, dropout=False),
+)
+
+
+def entries() -> dict[str, Any]:
+    """Name -> entry with ``build() -> (model, args, kwargs)``."""
+    if str(ZOO) not in sys.path:
+        sys.path.insert(0, str(ZOO))
+    found: dict[str, Any] = importlib.import_module("zoo").ZOO
+    return found
+
+
+def without_dropout(model: nn.Module) -> None:
+    importlib.import_module("reference").zero_dropout(model)
+
+
+def even_plan(graph: Graph, case: Case) -> Plan:
+    """Cut near every ``parts``-th of the ops, where a cut is allowed."""
+    legal = [i for i, ok in enumerate(legal_cuts(graph)) if ok]
+    cuts: list[int] = []
+    for k in range(1, case.parts):
+        later = [i for i in legal if not cuts or i > cuts[-1]]
+        if later:
+            cuts.append(min(later, key=lambda i, k=k: abs(i - len(graph.ops) * k // case.parts)))  # type: ignore[misc]
+    stage_of = {op.name: sum(i >= cut for cut in cuts) for i, op in enumerate(graph.ops)}
+    names = stage_names(graph, stage_of, len(cuts) + 1)
+    return Plan(
+        stages=tuple(Stage((f"cpu:{i}",), modules=m, ops=o) for i, (m, o) in enumerate(names)),
+        batch=Batch(graph.batch, case.microbatches),
+        schedule=case.schedule,
+    )
+
+
+def joined(calls: list[Any], batch: int) -> Any:
+    """The calls' inputs one after the other along the batch: five samples of twos."""
+    flat = [pytree.tree_flatten(call) for call in calls]
+    leaves = []
+    for values in zip(*(f[0] for f in flat), strict=True):
+        first = values[0]
+        if isinstance(first, torch.Tensor) and first.dim() and first.shape[0] == batch:
+            leaves.append(torch.cat([*values[:-1], values[-1][:1]]))
+        else:
+            leaves.append(first)
+    return pytree.tree_unflatten(leaves, flat[0][1])
+
+
+def comparisons(name: str, build: Any) -> Iterator[tuple[Case, Captured, Comparison]]:
+    """Each case of one model, compared."""
+    torch.manual_seed(0)
+    model, args, kwargs = build()
+    calls = []
+    for seed in (1, 2, 3):
+        torch.manual_seed(seed)
+        calls.append(build()[1:])
+    model.train()
+    captured = capture(model, args, kwargs)
+    for case in CASES:
+        if not case.dropout:
+            without_dropout(model)
+        if case.uneven and (name in FIXED_BATCH or not captured.graph.batch):
+            continue
+        fresh = joined(calls, captured.graph.batch) if case.uneven else calls[0]
+        if captured.live:
+            devices = [d.name for d in CLUSTER.devices[: case.parts]]
+            plan = plan_live(children_bytes(model), name, devices, reason=captured.live)
+        else:
+            plan = even_plan(captured.graph, case)
+        divided = ParallelModule(model, plan, CLUSTER)
+        try:
+            yield case, captured, compare(observe(model, model, *fresh), observe(divided, model, *fresh))
+        finally:
+            divided.close()
+
+
+def how(captured: Captured) -> str:
+    """How the model was captured, in a few words."""
+    if captured.live:
+        return f"live: {captured.live}"
+    graph = captured.graph
+    found = layouts(graph)
+    total = sum(op.flops for op in graph.ops) or 1
+    split = sum(op.flops for op in graph.ops if found.phase[op.name] == "split")
+    extra = [f"{len(captured.opaques)} opaque"] * bool(captured.opaques)
+    extra += [f"{len(captured.guards)} guards"] * bool(captured.guards)
+    extra += [c.reason[:60] for c in found.couplings[:1]]
+    return f"graph of {len(graph.ops)} ops, {split / total:.0%} per microbatch" + "".join(f"; {e}" for e in extra)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    wrong = 0
+    zoo = entries()
+    for name in sys.argv[1:] or zoo:
+        worst, bad, words, cases = 0.0, [], "", 0
+        try:
+            for case, captured, found in comparisons(name, zoo[name].build):
+                words, cases = words or how(captured), cases + 1
+                worst = max(worst, max((d.relative for d in found.differences if not d.equal), default=0.0))
+                if not found.ok:
+                    bad.append(f"   {case}: {found}")
+        except Exception as error:
+            bad.append(f"   {type(error).__name__}: {error}")
+        wrong += bool(bad)
+        print(f"{'DIFFERENT' if bad else 'equal':9} {name:26} {cases} cases  {words}", *bad, sep="\n", flush=True)
+    print(f"{len(sys.argv[1:] or zoo) - wrong} of {len(sys.argv[1:] or zoo)} models equal in every case")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
