@@ -324,7 +324,15 @@ class _Planner:
             slowest = max(busy, key=busy.__getitem__) if busy else ""
             seconds = trace.step_seconds or candidate.seconds
             ranked.append(Ranked(plan, candidate, seconds, trace.memory, slowest))
-        return sorted(ranked, key=lambda r: (r.seconds, len(r.plan.stages), r.plan.batch.microbatches))
+        return sorted(
+            ranked,
+            key=lambda r: (
+                float(f"{r.seconds:.6g}"),
+                sum(n for _, n in r.memory),
+                len(r.plan.stages),
+                r.plan.batch.microbatches,
+            ),
+        )
 
     def _one_device(self) -> float:
         kind = self.cluster.devices[0].kind
