@@ -26,9 +26,10 @@ SIDEWAYS = {
     ("units", "errors"),
     ("cluster_file", "cluster"), ("cluster_file", "cluster_presets"), ("cluster_file", "strict_yaml"),
     ("plan_file", "plan"), ("plan_file", "strict_yaml"), ("plan_text", "plan"),
-    ("lower", "assign"), ("lower", "lockstep"), ("lockstep", "assign"), ("manual", "assign"), ("check", "assign"), ("predict", "lower"), ("predict", "simulate"),
+    ("lower", "assign"), ("lower", "lockstep"), ("lockstep", "assign"),
+    ("manual", "assign"), ("check", "assign"), ("predict", "lower"), ("predict", "simulate"),
     ("capture", "torch_compat"), ("runtime", "torch_compat"),
-    ("runtime", "capture"), ("measure", "capture"), ("measure", "runtime"), ("measure", "capture"), ("measure", "runtime"),
+    ("runtime", "capture"), ("measure", "capture"), ("measure", "runtime"),
     ("cli", "factory"), ("cli", "doctor"), ("cli", "api"), ("cli", "report"),
 }  # fmt: skip
 

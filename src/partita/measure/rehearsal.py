@@ -191,7 +191,7 @@ class Rehearsal:
         if found is None:
             parameter = self.scene.parameters[name]
             found = parameter.detach().to(self.device).requires_grad_(self.scene.train and parameter.requires_grad)
-            mark(found)
+            mark(found, name)
             self._aliases[name] = found
         return found
 

@@ -13,6 +13,7 @@ from partita.lockstep import effective
 from partita.lower import lower
 from partita.plan import Plan
 from partita.program import Instruction, Partial, Program, Split
+from partita.runtime import weight_share
 from partita.runtime.allocator import keep_freed_memory
 from partita.runtime.codegen import SegmentCode, generate
 from partita.runtime.kernels import resolver
@@ -44,6 +45,7 @@ class Local:
         if any(d.type == "cpu" for d in self.torch_devices.values()):
             keep_freed_memory()
         self._lowered: dict[tuple[int, bool], Lowered] = {}
+        self._owners: dict[int, weight_share.Owners | None] = {}
 
     def lowered(self, batch: int, grad: bool) -> Lowered:
         """Programs and code for a batch size, made once."""
@@ -102,15 +104,25 @@ class Local:
         """Every device walks its list of ``program``; returns when all have."""
         exchange = Exchange(program.devices)
         meeting = Meeting(len(program.sizes), lambda: exchange.stopped) if program.synchronised else None
+        shared = self._shared(state, program, lambda: exchange.stopped)
         ranks = {place: m for places in program.placement if len(places) > 1 for m, place in enumerate(places)}
         self.team.run(
             {
-                device: _walk(Worker(device, state, exchange), instructions, meeting, ranks.get(device, 0))
+                device: _walk(Worker(device, state, exchange), instructions, meeting, ranks.get(device, 0), shared)
                 for device, instructions in program.instructions
                 if instructions
             },
             exchange.stop,
         )
+
+    def _shared(self, state: StepState, program: Program, stopped: Callable[[], bool]) -> weight_share.Meeting | None:
+        """Where this program's replicas make their weight gradients together; None where there are none to make."""
+        if id(program) not in self._owners:
+            backward = any(i.kind == "B" for _, order in program.instructions for i in order)
+            local = all(self.torch_devices[d].type == "cpu" for d in program.devices)
+            self._owners[id(program)] = weight_share.owners(state.graph, program) if backward and local else None
+        owners = self._owners[id(program)]
+        return weight_share.Meeting(owners, stopped) if owners is not None else None
 
     def gather(self, state: StepState, name: str, device: torch.device) -> torch.Tensor:
         """One output of the model, of all microbatches."""
@@ -219,13 +231,22 @@ def torch_device(name: str) -> torch.device:
 
 
 def _walk(
-    worker: Worker, instructions: tuple[Instruction, ...], meeting: Meeting | None, rank: int
+    worker: Worker,
+    instructions: tuple[Instruction, ...],
+    meeting: Meeting | None,
+    rank: int,
+    weights: weight_share.Meeting | None,
 ) -> Callable[[], None]:
     def walk() -> None:
         join(meeting, rank)
+        share = weight_share.Shared(weights, worker.name) if weights is not None else None
+        worker.mine.queue.share = share
         try:
             worker.walk(instructions)
+            if share is not None:
+                share.end()
         finally:
+            worker.mine.queue.share = None
             join(None, 0)
 
     return walk

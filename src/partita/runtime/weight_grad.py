@@ -10,27 +10,49 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
 
+class Share(Protocol):
+    """What a queue asks of ``weight_share.Shared``."""
+
+    def takes(self, name: str) -> bool: ...
+
+    def add(self, name: str, kind: str, make: Callable[..., None], x: torch.Tensor, grad: torch.Tensor) -> None: ...
+
+
 class WeightQueue:
-    """What one device has put off. ``put_off`` False: made at once, still straight into ``.grad``."""
+    """What one device has put off. ``put_off`` False: made at once, still straight into ``.grad``.
+
+    ``share``: where replicas make each weight's gradient once, for all of them (``weight_share``).
+    """
 
     def __init__(self) -> None:
         self.put_off = False
+        self.share: Share | None = None
         self.key: object = None
         self._held: dict[object, dict[object, tuple[Callable[..., None], list[tuple[torch.Tensor, torch.Tensor]]]]] = {}
 
-    def add(self, what: tuple[object, ...], make: Callable[..., None], x: torch.Tensor, grad: torch.Tensor) -> None:
-        """``what``: the weights and the kind of product; pairs of the same ``what`` are joined."""
-        if not self.put_off:
+    def add(
+        self,
+        what: tuple[object, ...],
+        leaf: torch.Tensor,
+        make: Callable[..., None],
+        x: torch.Tensor,
+        grad: torch.Tensor,
+    ) -> None:
+        """``what``: the kind of product and its weights; pairs of the same ``what`` are joined."""
+        name = getattr(leaf, _MARK)
+        if self.share is not None and self.share.takes(name):
+            self.share.add(name, str(what[0]), make, x, grad)
+        elif not self.put_off:
             make([(x, grad)])
-            return
-        entries = self._held.setdefault(self.key, {})
-        entries.setdefault(what, (make, []))[1].append((x, grad))
+        else:
+            entries = self._held.setdefault(self.key, {})
+            entries.setdefault(what, (make, []))[1].append((x, grad))
 
     def flush(self, keys: list[object]) -> None:
         """Make the gradients of these runs, all runs of one weight in one product."""
@@ -59,7 +81,7 @@ def _queue(*weights: torch.Tensor | None) -> WeightQueue | None:
     queue: WeightQueue | None = getattr(_current, "queue", None)
     if queue is None or not torch.is_grad_enabled():
         return None
-    if any(w is not None and not (w.requires_grad and getattr(w, _MARK, False)) for w in weights):
+    if any(w is not None and not (w.requires_grad and hasattr(w, _MARK)) for w in weights):
         return None
     return queue
 
@@ -67,9 +89,9 @@ def _queue(*weights: torch.Tensor | None) -> WeightQueue | None:
 _MARK = "partita_alias"
 
 
-def mark(alias: torch.Tensor) -> None:
-    """Say that a tensor is a device's leaf over a parameter: its gradient may come as late as the step's end."""
-    setattr(alias, _MARK, True)
+def mark(alias: torch.Tensor, name: str) -> None:
+    """Say that a tensor is a device's leaf over this parameter: its gradient may come as late as the step's end."""
+    setattr(alias, _MARK, name)
 
 
 def _add_product(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -87,10 +109,17 @@ def _add(weight: torch.Tensor, grad: torch.Tensor) -> None:
         weight.grad.add_(grad)
 
 
-def _rows(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    xs = [x.reshape(-1, x.shape[-1]) for x, _ in pairs]
-    gs = [g.reshape(-1, g.shape[-1]) for _, g in pairs]
-    return (xs[0], gs[0]) if len(pairs) == 1 else (torch.cat(xs), torch.cat(gs))
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _rows(pairs: Pairs) -> Pairs:
+    """The pairs as matrices; joined into one pair where copying rows is cheaper than adding to the weight again."""
+    flat = [(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])) for x, g in pairs]
+    inside, outside = flat[0][0].shape[1], flat[0][1].shape[1]
+    rows = sum(x.shape[0] for x, _ in flat)
+    if len(flat) == 1 or rows * (inside + outside) > inside * outside * (len(flat) - 1):
+        return flat
+    return [(torch.cat([x for x, _ in flat]), torch.cat([g for _, g in flat]))]
 
 
 class _Linear(torch.autograd.Function):
@@ -109,13 +138,13 @@ class _Linear(torch.autograd.Function):
         leaf, bias = ctx.leaf, ctx.bias  # under recomputation the saved weight is a detached copy
 
         def make(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-            xs, gs = _rows(pairs)
-            _add_product(leaf, gs, xs)
-            if bias is not None:
-                _add(bias, gs.sum(0))
+            for xs, gs in _rows(pairs):
+                _add_product(leaf, gs, xs)
+                if bias is not None:
+                    _add(bias, gs.sum(0))
 
         result = grad.matmul(weight) if ctx.wants_x else None
-        ctx.queue.add(("linear", id(leaf), id(bias)), make, x, grad)
+        ctx.queue.add(("linear", id(leaf), id(bias)), leaf, make, x, grad)
         return result, None, None, None
 
 
@@ -144,12 +173,12 @@ class _Addmm(torch.autograd.Function):
         leaf, bias = ctx.leaf, ctx.bias  # under recomputation the saved weight is a detached copy
 
         def make(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-            xs, gs = _rows(pairs)
-            _add_product(leaf, xs, gs)
-            _add(bias, gs.sum(0))
+            for xs, gs in _rows(pairs):
+                _add_product(leaf, xs, gs)
+                _add(bias, gs.sum(0))
 
         result = grad.matmul(weight.t()) if ctx.wants_x else None
-        ctx.queue.add(("addmm", id(leaf), id(bias)), make, x, grad)
+        ctx.queue.add(("addmm", id(leaf), id(bias)), leaf, make, x, grad)
         return None, result, None, None
 
 
@@ -182,7 +211,7 @@ class _Embedding(torch.autograd.Function):
             dense = torch.ops.aten.embedding_dense_backward(gs, rows, leaf.shape[0], padding, False)
             _add(leaf, dense)
 
-        ctx.queue.add(("embedding", id(leaf), padding), make, index, grads[0])
+        ctx.queue.add(("embedding", id(leaf), padding), leaf, make, index, grads[0])
         return None, None, None, None
 
 
@@ -201,6 +230,7 @@ def embedding(
     return result
 
 
+WEIGHT_ARGUMENT = {"aten.linear.default": 1, "aten.addmm.default": 2, "aten.embedding.default": 0}
 APART: dict[str, Callable[..., Any]] = {
     "aten.linear.default": linear,
     "aten.addmm.default": addmm,

@@ -207,7 +207,7 @@ class Worker:
             if found.device != self.mine.device:
                 found = found.to(self.mine.device)
             found.requires_grad_(self.state.grad and parameter.requires_grad)
-            mark(found)
+            mark(found, name)
             self.mine.aliases[name] = found
         return found
 
