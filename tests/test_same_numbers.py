@@ -105,7 +105,9 @@ class Normed(nn.Module):
 
 
 def test_batch_norm_uses_the_statistics_of_the_whole_batch() -> None:
-    assert_same(Normed(), (torch.randn(8, 3, 6, 6),), at=["norm", "b"], fresh=(torch.randn(8, 3, 6, 6),))
+    # in float64: before an average pool a batch norm magnifies float32 rounding beyond any tolerance worth the name
+    inputs = [(torch.randn(8, 3, 6, 6, dtype=torch.float64),) for _ in range(2)]
+    assert_same(Normed().double(), inputs[0], at=["norm", "b"], fresh=inputs[1])
 
 
 def test_batch_norm_per_microbatch_would_be_wrong() -> None:
