@@ -47,10 +47,14 @@ class Pieces:
         return [f"{path} runs as one piece: {self.reasons[path]}" for path in inside]
 
 
+_PURE_HOOKS = frozenset({"torch", "transformers"})  # weight_norm; the recorders of hidden states and router logits
+
+
 def _own_hooks(module: nn.Module) -> bool:
-    """Whether hooks that are not torch's own (``weight_norm`` is one) run around its forward."""
+    """Whether hooks run around its forward that may do more than compute: the user's, not a library's known ones."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(not type(hook).__module__.startswith("torch.") for hook in hooks)
+    made_in = (getattr(hook, "__module__", None) or type(hook).__module__ for hook in hooks)
+    return any(name.partition(".")[0] not in _PURE_HOOKS for name in made_in)
 
 
 def _stock(module: nn.Module) -> bool:
