@@ -243,39 +243,19 @@ def _partita(pm: Any, model: nn.Module, x: torch.Tensor, target: torch.Tensor, c
     return Ready(call_and_backward if call else train_step, model, note)
 
 
-def _partita_pipeline(schedule: str, microbatches: Sequence[int] = (8,)) -> Callable[..., Ready]:
+def _partita_pipeline(schedule: str) -> Callable[..., Ready]:
+    """The best plan without replicas under this schedule: cut and microbatches are the planner's."""
+
     def build(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready:
         import partita
 
         model, x, target = work.build()
-        names = work.names(model)
-        parameters = list(model.parameters())
-        devices = ("cpu:0", "cpu:1")
-
-        def make(cut: int, parts: int) -> Step:
-            stages = tuple(
-                partita.Stage((device,), tuple(name for part in group for name in part))
-                for device, group in zip(devices, (names[:cut], names[cut:]), strict=True)
-            )
-            plan = partita.Plan(stages, devices=devices, batch=partita.Batch(work.batch, parts), schedule=schedule)
-            pm = partita.parallelize(model, example_args=(x,), devices=["cpu", "cpu"], plan=plan, loss_fn=cross_entropy)
-
-            def step() -> torch.Tensor:
-                clear(parameters)
-                return pm.train_step(x, target)
-
-            return step
-
-        middle = len(names) // 2
-        tries = {
-            f"split before part {c}, {m} microbatches": (c, m)
-            for c in range(middle - 1, middle + 3)
-            for m in microbatches
-            if 0 < c < len(names)
-        }
-        steps = {key: make(*settings) for key, settings in tries.items()}
-        best = fastest(steps)
-        return Ready(steps[best], model, best)
+        pm = partita.parallelize(
+            model, example_args=(x,), devices=["cpu", "cpu"], loss_fn=cross_entropy,
+            constraints={"replicas": False, "schedule": schedule},
+        )  # fmt: skip
+        stages, parts = len(pm.plan.stages), pm.plan.batch.microbatches
+        return _partita(pm, model, x, target, False, f"{stages} stages, {parts} microbatches")
 
     return build
 
@@ -294,8 +274,8 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant("accelerate", "accelerate dispatch_model", accelerate, threads=2, pinned=True),
         Contestant("partita", "partita automatic, train_step", partita_automatic),
         Contestant("partita-call", "partita automatic, pm(x) + backward", partita_call),
-        Contestant("partita-1f1b", "partita pipeline, 1f1b, 8 microbatches", _partita_pipeline("1f1b")),
-        Contestant("partita-zb", "partita pipeline, zero_bubble, 8 mb.", _partita_pipeline("zero_bubble")),
+        Contestant("partita-1f1b", "partita pipeline plan, 1f1b", _partita_pipeline("1f1b")),
+        Contestant("partita-zb", "partita pipeline plan, zero_bubble", _partita_pipeline("zero_bubble")),
     )
 }
 

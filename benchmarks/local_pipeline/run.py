@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -29,16 +30,21 @@ from benchmarks.models import WORKLOADS
 
 RIVALS = ("plain2", "plain2-free", "torchgpipe", "pipelining", "ddp", "accelerate")
 REFERENCE = "plain1"
-MICROBATCHES = 8
 TURN_SECONDS = 0.15
 QUIET_SECONDS = 0.01
 SAME = 0.02  # of a gradient's norm: one ReLU whose input is 0 up to rounding may open or close and move 1e-3 to 1e-2
 
-PIPELINE_IDEAL = {
-    # speed-up over one device that the schedule's bubble leaves two equal stages, B = 2 F (and W = half of B)
-    "partita-1f1b": ("1f1b", 2 * MICROBATCHES / (MICROBATCHES + 1)),
-    "partita-zb": ("zero-bubble H1", 2 * 3 * MICROBATCHES / (3 * MICROBATCHES + 1)),
-}
+PIPELINES = ("partita-1f1b", "partita-zb")
+
+
+def bubble_limited(name: str, note: str) -> float:
+    """The speed-up over one device that the schedule's bubble leaves two equal stages, with B = 2 F (and W = half of B).
+
+    ``note`` says how many microbatches the plan has.
+    """
+    found = re.search(r"2 stages, (\d+) microbatches", note)
+    count = int(found[1]) if found else 0
+    return 2 * count / (count + 1) if name == "partita-1f1b" else 2 * 3 * count / (3 * count + 1)
 
 
 @dataclass
@@ -155,8 +161,9 @@ def bars(model: str, results: dict[str, Result]) -> dict[str, object]:
                 found[f"{own}: times as fast as {rival}{other}"] = ratio(good[rival].seconds, good[own].seconds)
         if REFERENCE in good:
             found[f"{own}: share of 2x one thread"] = _halved(good[REFERENCE].seconds, good[own].seconds, 2.0)
-    for own, (_, ideal) in PIPELINE_IDEAL.items():
-        if own in good and REFERENCE in good:
+    for own in PIPELINES:
+        ideal = bubble_limited(own, good[own].note) if own in good else 0.0
+        if ideal and REFERENCE in good:
             key = f"{own}: share of its bubble-limited {ideal:.2f}x"
             found[key] = _halved(good[REFERENCE].seconds, good[own].seconds, ideal)
     return found

@@ -45,7 +45,7 @@ class Local:
         if any(d.type == "cpu" for d in self.torch_devices.values()):
             keep_freed_memory()
         self._lowered: dict[tuple[int, bool], Lowered] = {}
-        self._owners: dict[int, weight_share.Owners | None] = {}
+        self._sharing: dict[int, weight_share.Sharing | None] = {}
 
     def lowered(self, batch: int, grad: bool) -> Lowered:
         """Programs and code for a batch size, made once."""
@@ -117,12 +117,12 @@ class Local:
 
     def _shared(self, state: StepState, program: Program, stopped: Callable[[], bool]) -> weight_share.Meeting | None:
         """Where this program's replicas make their weight gradients together; None where there are none to make."""
-        if id(program) not in self._owners:
+        if id(program) not in self._sharing:
             backward = any(i.kind == "B" for _, order in program.instructions for i in order)
             local = all(self.torch_devices[d].type == "cpu" for d in program.devices)
-            self._owners[id(program)] = weight_share.owners(state.graph, program) if backward and local else None
-        owners = self._owners[id(program)]
-        return weight_share.Meeting(owners, stopped) if owners is not None else None
+            self._sharing[id(program)] = weight_share.sharing(state.graph, program) if backward and local else None
+        found = self._sharing[id(program)]
+        return weight_share.Meeting(found, stopped) if found is not None else None
 
     def gather(self, state: StepState, name: str, device: torch.device) -> torch.Tensor:
         """One output of the model, of all microbatches."""

@@ -1,11 +1,12 @@
-"""Weight gradients of replicas, made once: every weight has one owner, who multiplies for all replicas.
+"""Weight gradients of replicas, made once: whoever is ahead in his backward multiplies for all replicas.
 
-    replica a   B: ... (x, dy) of w2 ─ owner a: waits for b's ─ dw2 = dy_a' x_a + dy_b' x_b ...
-    replica b   B: ... (x, dy) of w2 ─▶ a      (x, dy) of w1 ─ owner b ...
+    replica a   B4 B3 B2 dw4=dy_a' x_a + dy_b' x_b B1 dw3 ...      ahead: takes the products
+    replica b   B4    B3         B2        B1  dw2 ...             behind: goes on with what others wait for
 
-Replicas that each make their own gradient write it twice and read both again to add them. Here a weight's gradient is
-written by the products alone, and exists once. Pairs are joined in the order of the microbatches, so the result does
-not depend on who was faster; nobody waits before the end of his backward.
+Replicas that each make their own gradient write it twice and read both again to add them, and a device that a neighbour
+slows down holds up the step. Here a weight's gradient is written by the products alone and exists once, and the
+products go to the device that has time. Pairs are joined in the order of the microbatches, so the bits do not depend on
+who made them; nobody waits before the end of his backward.
 """
 
 from __future__ import annotations
@@ -26,18 +27,15 @@ Make = Callable[[list[tuple[torch.Tensor, torch.Tensor]]], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Owners:
-    """``owner``: weight -> device that makes its gradient. ``uses``: products a microbatch owes it. ``replicas``: the
-    devices in the order of their microbatches.
-    """
+class Sharing:
+    """``uses``: weight -> products a microbatch owes it. ``replicas``: the devices, in order of their microbatches."""
 
-    owner: Mapping[str, str]
     uses: Mapping[str, int]
     replicas: tuple[str, ...]
 
 
-def owners(graph: Graph, program: Program) -> Owners | None:
-    """Who owns what, where the program is one stage whose every replica runs one microbatch; else None."""
+def sharing(graph: Graph, program: Program) -> Sharing | None:
+    """What replicas can make together, where the program is one stage whose every replica runs one microbatch."""
     split = [i for i, s in enumerate(program.segments) if s.phase == "split"]
     if len(split) != 1 or len(program.sizes) < 2 or not program.train:
         return None
@@ -51,12 +49,7 @@ def owners(graph: Graph, program: Program) -> Owners | None:
         argument = op.args[position] if position is not None and op.name in inside else None
         if isinstance(argument, Ref) and graph.tensor(argument.name).role == "parameter":
             uses[argument.name] = uses.get(argument.name, 0) + 1
-    load = dict.fromkeys(places, 0)
-    owner: dict[str, str] = {}
-    for name in sorted(uses, key=lambda n: -graph.tensor(n).nbytes(1)):
-        owner[name] = min(load, key=lambda d: load[d])
-        load[owner[name]] += graph.tensor(name).nbytes(1) * uses[name]
-    return Owners(owner, uses, places)
+    return Sharing(uses, places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,34 +65,38 @@ class _Owed:
 class Meeting:
     """One step's exchange of pairs between the replicas."""
 
-    def __init__(self, owners: Owners, stopped: Callable[[], bool]) -> None:
-        self.owners = owners
+    def __init__(self, sharing: Sharing, stopped: Callable[[], bool]) -> None:
+        self.sharing = sharing
         self._stopped = stopped
         self._owed: dict[str, list[_Owed]] = {}
-        self._ready: dict[str, deque[str]] = {d: deque() for d in owners.replicas}
+        self._ready: deque[list[_Owed]] = deque()
+        self._done = dict.fromkeys(sharing.replicas, 0)
         self._ended: set[str] = set()
         self._changed = threading.Condition()
 
-    def put(self, name: str, owed: _Owed) -> None:
+    def put(self, device: str, name: str, owed: _Owed) -> None:
+        """Note one pair; with the last of a weight its gradient can be made, by whoever is ahead."""
         with self._changed:
+            self._done[device] += 1
             waiting = self._owed.setdefault(name, [])
             waiting.append(owed)
-            if len(waiting) == self.owners.uses[name] * len(self.owners.replicas):
-                self._ready[self.owners.owner[name]].append(name)
+            if len(waiting) == self.sharing.uses[name] * len(self.sharing.replicas):
+                self._ready.append(self._owed.pop(name))
                 self._changed.notify_all()
 
     def make_ready(self, device: str) -> None:
-        """Make the gradients this device owns of which every pair is there."""
-        ready = self._ready[device]
-        while ready:
+        """Make the gradients of which every pair is there, while this device is ahead (or has ended)."""
+        while True:
             with self._changed:
-                name = ready.popleft()
-                owed = self._owed.pop(name)
+                ahead = device in self._ended or self._done[device] >= max(self._done.values())
+                if not self._ready or not ahead:
+                    return
+                owed = self._ready.popleft()
             self._make(device, owed)
 
     def _make(self, device: str, owed: list[_Owed]) -> None:
         owed.sort(key=lambda o: (o.replica, o.number))
-        own = self.owners.replicas.index(device)
+        own = self.sharing.replicas.index(device)
         for kind in dict.fromkeys(o.kind for o in owed):
             same = [o for o in owed if o.kind == kind]
             make = next((o.make for o in same if o.replica == own), same[0].make)
@@ -114,15 +111,14 @@ class Meeting:
         while True:
             self.make_ready(device)
             with self._changed:
-                if self._ready[device]:
+                if self._ready:
                     continue
-                if len(self._ended) == len(self.owners.replicas):
+                if len(self._ended) == len(self.sharing.replicas):
+                    left = list(self._owed.values()) if device == self.sharing.replicas[0] else []
                     break
                 if self._stopped():
                     raise Stopped
                 self._changed.wait(0.2)
-        with self._changed:
-            left = [self._owed.pop(n) for n in list(self._owed) if self.owners.owner[n] == device]
         for owed in left:
             self._make(device, owed)
 
@@ -132,16 +128,16 @@ class Shared:
 
     def __init__(self, meeting: Meeting, device: str) -> None:
         self.meeting, self.device = meeting, device
-        self._replica = meeting.owners.replicas.index(device)
+        self._replica = meeting.sharing.replicas.index(device)
         self._number = 0
 
     def takes(self, name: str) -> bool:
-        return name in self.meeting.owners.owner
+        return name in self.meeting.sharing.uses
 
     def add(self, name: str, kind: str, make: Make, x: torch.Tensor, grad: torch.Tensor) -> None:
-        """Owe this pair to the weight's owner, and make whatever of one's own is complete."""
+        """Hand in this pair, and make what is complete if there is time."""
         self._number += 1
-        self.meeting.put(name, _Owed(self._replica, self._number, kind, make, x, grad))
+        self.meeting.put(self.device, name, _Owed(self._replica, self._number, kind, make, x, grad))
         self.meeting.make_ready(self.device)
 
     def end(self) -> None:
