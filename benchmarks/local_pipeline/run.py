@@ -38,7 +38,7 @@ PIPELINES = ("partita-1f1b", "partita-zb")
 
 
 def bubble_limited(name: str, note: str) -> float:
-    """The speed-up over one device that the schedule's bubble leaves two equal stages, with B = 2 F (and W = half of B).
+    """The speed-up over one device that the schedule's bubble leaves two equal stages, with B = 2 F (W half of B).
 
     ``note`` says how many microbatches the plan has.
     """
