@@ -530,3 +530,36 @@ def test_a_model_that_decides_by_values_trains_with_the_same_numbers() -> None:
             found = parallel.train_step(x, t)
         assert torch.equal(found.detach(), loss.detach())
         assert_same_grads(model, other, rtol=0, atol=0)
+
+
+class ReadsItsInput(nn.Module):
+    """Python decides by a value of the input, in a part of the model."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+            for _ in range(int(count.sum().item())):
+                x = torch.tanh(self.scale(x))
+            return x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.part = ReadsItsInput.Part()
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        return self.last(self.part(self.first(x), count))
+
+
+def test_a_value_that_changes_in_every_call_is_right_and_stops_being_captured() -> None:
+    model = ReadsItsInput()
+    divided = partita.split(model, (torch.randn(4, 6), torch.ones(4)), at=["last"], devices=["cpu", "cpu"])
+    for count in range(8):
+        x, n = torch.randn(4, 6), torch.full((4,), count / 4)
+        assert torch.equal(divided(x, n), model(x, n)), count
+    assert len(divided._binder.entries) <= 5
+    divided.close()

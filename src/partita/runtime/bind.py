@@ -178,6 +178,10 @@ class Entry:
         return Bound(self.engine, self.captured, given, {n: registry[key] for n, registry, key in self.parameters})
 
 
+GUARDED = 3  # graphs made for values read from the inputs, before the reading part is left out of the graph instead
+KEPT = 64  # graphs held, the newest first: shapes that come back are found again
+
+
 class Binder:
     """The graphs captured for one model so far. ``engine(captured)``: makes what runs one."""
 
@@ -189,21 +193,26 @@ class Binder:
     def bind(self, what: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """The graph for a call like this (captured now where there is none yet), and the call's tensors."""
         key = (what, *situation())
+        missed = 0
         for entry in self.entries:
             if entry.key != key or not entry.census.holds(self.model, entry.ignored):
                 continue
             leaves = entry.captured.flatten(args, kwargs)
-            if leaves is not None and picture(leaves) == entry.picture and entry.captured.guards_hold(leaves):
+            if leaves is None or picture(leaves) != entry.picture:
+                continue
+            if entry.captured.guards_hold(leaves):
                 return entry.bound(leaves)
+            missed += 1
         with _capturing:
             now = census(self.model)
-            captured = capture(self.model, args, kwargs, forward=forward)
+            captured = capture(self.model, args, kwargs, forward=forward, guards=missed < GUARDED)
         leaves = captured.flatten(args, kwargs)
         assert leaves is not None, "the call just captured"
         entry = self._entry(key, now, captured, leaves)
         with self._lock:
             same = {id(m) for m in now.modules}
-            self.entries = [entry, *(e for e in self.entries if same == {id(m) for m in e.census.modules})]
+            kept = [e for e in self.entries if same == {id(m) for m in e.census.modules}]
+            self.entries = [entry, *kept[: KEPT - 1]]
         return entry.bound(leaves)
 
     def _entry(self, key: tuple[object, ...], now: Census, captured: Captured, leaves: list[torch.Tensor]) -> Entry:
