@@ -17,7 +17,7 @@ from partita.graph import Graph
 from partita.lower import lower
 from partita.manual import stage_names
 from partita.plan import Batch, Plan, Predicted, Stage
-from partita.planners.build import Built, build
+from partita.planners.build import HEADROOM, Built, build
 from partita.planners.constraints import Constraints, Resolved, resolve
 from partita.planners.explain import binding_reasons, cut_reasons, other_reasons
 from partita.planners.objective import fits
@@ -303,7 +303,7 @@ class _Planner:
         return tuple(sizes)
 
     def _rank(self, built: Built, listed: Sequence[Candidate]) -> list[Ranked]:
-        limits = {d.name: d.memory_bytes for d in self.cluster.devices}
+        limits = {d.name: HEADROOM * d.memory_bytes for d in self.cluster.devices}
         began = time.perf_counter()
         ranked: list[Ranked] = []
         for candidate in listed:

@@ -21,6 +21,9 @@ Bools = NDArray[np.bool_]
 Indices = NDArray[np.int64]
 
 
+HEADROOM = 0.95  # of a device's memory a plan may fill: predicted peaks are right to a few per cent, not to the byte
+
+
 class Layouts(Protocol):
     """What the planner asks of ``sharding.batch.BatchLayouts``."""
 
@@ -163,7 +166,7 @@ def _pools(cluster: Cluster, resolved: Resolved) -> tuple[Pool, ...]:
         groups.setdefault(alike, []).append(device)
     return tuple(
         Pool(
-            ", ".join(d.name for d in group), tuple(d.name for d in group), float(group[0].memory_bytes),
+            ", ".join(d.name for d in group), tuple(d.name for d in group), HEADROOM * group[0].memory_bytes,
             shares_memory(group[0].name),
         )
         for group in groups.values()
