@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ _swapping = threading.RLock()
 
 
 @dataclass(eq=False)
-class Opaque:
+class Opaque(ABC):
     """``f(*tensors, reads=[...]) -> tuple of tensors``. ``shapes``: what the answer must look like, once known."""
 
     label: str
@@ -30,8 +31,9 @@ class Opaque:
     shapes: tuple[tuple[Dim, ...], ...] = ()
     autocast: dict[str, tuple[bool, torch.dtype]] = field(default_factory=lambda: autocast_state())
 
+    @abstractmethod
     def call(self, args: Any, kwargs: Any, reads: Sequence[torch.Tensor]) -> Any:
-        raise NotImplementedError
+        """Run the user's code on these arguments, with ``reads`` as its parameters."""
 
     def __call__(self, *tensors: torch.Tensor, reads: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         args, kwargs = put_together(self.arguments, list(tensors))
