@@ -13,13 +13,23 @@ from os import PathLike
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of the model. Several devices: replicas, which take the microbatches in turn."""
+    """A part of the model. Several devices: replicas, which take the microbatches in turn.
+
+    ``tensor`` > 1: every ``tensor`` devices in a row are one replica and divide its ops among them, as ``shard`` says
+    for what it names ((parameter or op, placements), ...) and the library finds for the rest.
+    """
 
     devices: tuple[str, ...]
     modules: tuple[str, ...] = ()
     ops: tuple[str, ...] = ()
     recompute: tuple[str, ...] = ()
     shard: tuple[tuple[str, str], ...] = ()
+    tensor: int = 1
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The devices of each replica: with ``tensor`` 2, (a, b, c, d) is ((a, b), (c, d))."""
+        return tuple(self.devices[i : i + self.tensor] for i in range(0, len(self.devices), self.tensor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,7 @@ class Predicted:
 class Plan:
     """``schedule``: gpipe, 1f1b, interleaved or zero_bubble. ``reasons``: why it is so, a line each.
 
+    ``zero``: 1 shards optimizer state over a stage's replicas, 2 gradients too, 3 parameters too (ZeRO's stages).
     ``batch_norm``: 'exact' (statistics of the whole batch) or 'per_microbatch' (the user allows it).
     ``status``: 'manual', 'optimal' or 'feasible' with ``gap`` (how far the best possible may still be, as a ratio).
     """
@@ -74,6 +85,7 @@ class Plan:
     batch: Batch = field(default_factory=Batch)
     schedule: str = "1f1b"
     batch_norm: str = "exact"
+    zero: int = 0
     predicted: Predicted | None = None
     status: str = "manual"
     gap: float = 0.0

@@ -42,6 +42,7 @@ class _Stage(msgspec.Struct):
     ops: tuple[str, ...] = ()
     recompute: tuple[str, ...] = ()
     shard: dict[str, tuple[str, ...]] = {}
+    tensor: int = 1
 
 
 class _Predicted(msgspec.Struct):
@@ -59,6 +60,7 @@ class _File(msgspec.Struct):
     batch: _Batch = msgspec.field(default_factory=_Batch)
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     batch_norm: Literal["exact", "per_microbatch"] = "exact"
+    zero: int = 0
     predicted: _Predicted | None = None
     status: Literal["manual", "optimal", "feasible"] = "manual"
     gap: float = 0.0
@@ -94,9 +96,16 @@ def _check(reader: Reader, file: _File) -> None:
     """What types cannot say: counts that must be positive, amounts that must be amounts."""
     if not file.stages:
         reader.problem(("stages",), "a plan needs at least one stage")
+    if file.zero not in (0, 1, 2, 3):
+        reader.problem(("zero",), f"must be 0, 1, 2 or 3, found {file.zero}")
     for i, stage in enumerate(file.stages):
         if not stage.devices:
             reader.problem(("stages", i, "devices"), "a stage needs at least one device")
+        if stage.tensor < 1 or len(stage.devices) % max(stage.tensor, 1):
+            reader.problem(
+                ("stages", i, "tensor"),
+                f"the stage's {len(stage.devices)} devices are not made of groups of {stage.tensor}; give a divisor",
+            )
     if file.batch.size < 0:
         reader.problem(("batch", "size"), f"must not be negative, found {file.batch.size}")
     if file.batch.microbatches < 1:
@@ -123,6 +132,7 @@ def _to_plan(file: _File) -> Plan:
             ops=stage.ops,
             recompute=stage.recompute,
             shard=tuple((name, ", ".join(placements)) for name, placements in stage.shard.items()),
+            tensor=stage.tensor,
         )
         for stage in file.stages
     )
@@ -143,6 +153,7 @@ def _to_plan(file: _File) -> Plan:
         batch=Batch(file.batch.size, file.batch.microbatches, file.batch.sizes),
         schedule=file.schedule,
         batch_norm=file.batch_norm,
+        zero=file.zero,
         predicted=predicted,
         status=file.status,
         gap=file.gap,
@@ -168,6 +179,8 @@ def dumps(plan: Plan) -> str:
     tree["schedule"] = plan.schedule
     if plan.batch_norm != "exact":
         tree["batch_norm"] = plan.batch_norm
+    if plan.zero:
+        tree["zero"] = plan.zero
     tree["stages"] = [_stage_tree(stage) for stage in plan.stages]
     if plan.predicted is not None:
         tree["predicted"] = Flow(
@@ -190,6 +203,8 @@ def _stage_tree(stage: Stage) -> dict[str, Any]:
     for key in ("modules", "ops", "recompute"):
         if getattr(stage, key):
             tree[key] = FlowList(getattr(stage, key))
+    if stage.tensor > 1:
+        tree["tensor"] = stage.tensor
     if stage.shard:
         tree["shard"] = Flow({name: FlowList(_COMMA.split(text)) for name, text in stage.shard})
     return tree
