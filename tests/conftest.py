@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def zoo_dir() -> Path:
-    """PARTITA_ZOO, or ``../shared/zoo`` beside the checkout."""
-    return Path(os.environ.get("PARTITA_ZOO") or ROOT.parent / "shared" / "zoo")
+from places import zoo_dir
 
 
 @pytest.fixture(scope="session", autouse=True)

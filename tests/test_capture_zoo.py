@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from capture_reference import check
-from conftest import zoo_dir
+from places import zoo_dir
 
 NAMES = [
     "gpt2", "llama", "qwen3_moe", "gemma2", "mamba", "bert", "albert", "t5", "whisper", "wav2vec2_ctc", "hubert",

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from places import ROOT
 from test_capture_zoo import NAMES, zoo  # noqa: F401
 
 sys.path.insert(0, str(ROOT))
