@@ -1,0 +1,1 @@
+"""Seconds and memory of saving and loading a model with its optimizer, beside torch.save, DCP and safetensors."""
