@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import highspy
 import numpy as np
 
+from partita.planners.highs import Highs
 from partita.planners.placing.problem import Placement, fits, loads
 
 
@@ -66,8 +67,7 @@ class _Program:
         self.kinds = problem.device_kinds
         self.scale = cap if np.isfinite(cap) and cap > 0 else 1.0
         self.count = 1 + (problem.num_units + len(problem.nets)) * len(self.kinds)
-        self.solver = highspy.Highs()  # type: ignore[no-untyped-call]
-        self.solver.setOptionValue("output_flag", False)
+        self.solver = Highs()
         for name, value in {"threads": 1, "mip_rel_gap": 1e-9, "mip_abs_gap": 1e-9}.items():
             self.solver.setOptionValue(name, value)
         self.solver.passModel(self._model(cap / self.scale))

@@ -1,0 +1,99 @@
+"""Regions of the graph relabelled exactly while the rest keeps its labels (large neighbourhood search: Shaw, CP 1998).
+
+A region grows from some nodes outwards until its edges hold a given number of label pairs; the exact program then finds
+its best labels under the memory that the rest leaves. Unlike a forest it may hold cycles, and it trades memory between
+its nodes as the limit says and not as prices do.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from partita.planners.labelling.exact import solve_exactly
+from partita.planners.labelling.flat import Flat, load_of
+from partita.planners.labelling.problem import Ints
+from partita.planners.labelling.record import Record
+
+
+def grown(flat: Flat, pairs: int, rng: np.random.Generator) -> Ints:
+    """Nodes reached first from one to four random ones, until about ``pairs`` label pairs stand on edges among them."""
+    num_nodes = len(flat.label_at) - 1
+    sizes = np.diff(flat.matrix_at)
+    inside = np.zeros(num_nodes, dtype=np.bool_)
+    front = [int(v) for v in rng.integers(num_nodes, size=int(rng.integers(1, 5)))]
+    held = 0
+    while front and held < pairs:
+        v = front.pop(int(rng.integers(min(len(front), 4))))
+        if inside[v]:
+            continue
+        inside[v] = True
+        edges = flat.near_edge[flat.near_at[v] : flat.near_at[v + 1]]
+        others = np.where(flat.edge_a[edges] == v, flat.edge_b[edges], flat.edge_a[edges])
+        held += int(sizes[edges[inside[others]]].sum())
+        front += [int(u) for u in rng.permutation(others[~inside[others]])]
+    return np.flatnonzero(inside)
+
+
+def restricted(flat: Flat, labels: Ints, free: Ints) -> Flat:
+    """The problem of the ``free`` nodes (ascending) where all others keep ``labels``."""
+    position = np.full(len(labels), -1)
+    position[free] = np.arange(len(free))
+    cost = flat.cost.copy()
+    a_free, b_free = position[flat.edge_a] >= 0, position[flat.edge_b] >= 0
+    for e in np.flatnonzero(a_free != b_free):
+        a, b = int(flat.edge_a[e]), int(flat.edge_b[e])
+        wide = flat.label_at[b + 1] - flat.label_at[b]
+        pairs = flat.matrix[flat.matrix_at[e] : flat.matrix_at[e + 1]].reshape(-1, wide)
+        if a_free[e]:
+            cost[flat.label_at[a] : flat.label_at[a + 1]] += pairs[:, labels[b]]
+        else:
+            cost[flat.label_at[b] : flat.label_at[b + 1]] += pairs[labels[a]]
+    inner = np.flatnonzero(a_free & b_free)
+    edge_a, edge_b = position[flat.edge_a[inner]], position[flat.edge_b[inner]]
+    ends = np.concatenate([edge_a, edge_b])
+    near = np.argsort(ends, kind="stable")
+    load, own = np.zeros(len(flat.room) + 1), np.zeros(len(flat.room) + 1)
+    load_of(flat, labels, load)
+    label_at, label_of = _ranges(flat.label_at, free)
+    matrix_at, matrix_of = _ranges(flat.matrix_at, inner)
+    span_at, span_of = _ranges(flat.span_at, free)
+    usage_at, usage_of = _ranges(flat.usage_at, free)
+    part = Flat(
+        label_at=label_at,
+        cost=cost[label_of],
+        edge_a=edge_a,
+        edge_b=edge_b,
+        matrix_at=matrix_at,
+        matrix=flat.matrix[matrix_of],
+        near_at=np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(ends, minlength=len(free)))]),
+        near_edge=near % max(len(inner), 1),
+        span_at=span_at,
+        span_begin=flat.span_begin[span_of],
+        span_end=flat.span_end[span_of],
+        usage_at=usage_at,
+        usage=flat.usage[usage_of],
+        room=flat.room,
+        forbidden=flat.forbidden,
+    )
+    load_of(part, labels[free], own)
+    return part._replace(room=flat.room - (load - own)[:-1])
+
+
+def _ranges(starts: Ints, chosen: Ints) -> tuple[Ints, Ints]:
+    """The chosen pieces of a concatenation: where each begins in theirs, and their places in the whole."""
+    sizes = starts[chosen + 1] - starts[chosen]
+    begins = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    return begins, np.arange(begins[-1]) + np.repeat(starts[chosen] - begins[:-1], sizes)
+
+
+def relabel_region(flat: Flat, record: Record, labels: Ints, free: Ints, seconds: float) -> bool:
+    """Offer ``labels``, which fit, with the best labels of ``free``; whether those were proven best in ``seconds``."""
+    part = restricted(flat, labels, free)
+    inner = Record(part, min(seconds, record.seconds_left), whole_numbers=False)
+    inner.offer(labels[free])
+    solve_exactly(part, inner)
+    if inner.labels is not None:
+        whole = labels.copy()
+        whole[free] = inner.labels
+        record.offer(whole)
+    return inner.closed

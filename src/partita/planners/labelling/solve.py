@@ -1,0 +1,113 @@
+"""The labelling solver: exact reductions, then an exact program on a small core, bounds and search on a large one."""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from partita.planners.labelling.contract import Contraction, Core
+from partita.planners.labelling.dominance import undominated
+from partita.planners.labelling.exact import solve_exactly
+from partita.planners.labelling.flat import Flat, flatten
+from partita.planners.labelling.moments import memory_of
+from partita.planners.labelling.problem import Labelling, Problem
+from partita.planners.labelling.record import Record
+from partita.planners.labelling.search import raise_bounds, search
+
+EXACT_PAIRS = 200_000  # label pairs on edges up to which the core goes to the mixed-integer solver as well
+BOUND_SHARE = 0.5  # of the time of one thread, for bounds
+START_SHARE = 0.03  # of the time of the other, before it descends
+
+
+def solve(problem: Problem, *, seconds: float = 60.0, seed: int = 0) -> Labelling:
+    """The cheapest labels found in ``seconds`` on two threads, with a lower bound; sooner where proven optimal.
+
+    Raises PlanError where the description is inconsistent. Equal seeds give equal answers only where time does not
+    decide, which is where the answer is proven optimal and unique.
+    """
+    started = time.monotonic()
+    problem.check()
+    reduced = reduce(problem)
+    if reduced is None:
+        return _none(started)
+    core, flat = reduced
+    record = Record(flat, seconds - (time.monotonic() - started), _whole(problem))
+    record.raise_bound(_trivial_bound(flat))
+    if core.nodes:
+        _run(flat, record, seed)
+    else:
+        record.offer(np.zeros(0, dtype=np.int64))
+    return _answer(problem, core, record, started)
+
+
+def reduce(problem: Problem) -> tuple[Core, Flat] | None:
+    """The core once no rule applies to it, and its arrays; None where nothing can be chosen or fit."""
+    graph = Contraction(problem)
+    if not graph.run():
+        return None
+    for last in (False, True):
+        core = graph.core()
+        memory = memory_of(problem, core)
+        if (memory.room < 0).any():
+            return None
+        flat = flatten(core, memory)
+        stays = np.ones(0, dtype=np.bool_) if last else undominated(flat)
+        if stays.all():
+            break
+        if not graph.drop(core, np.split(stays, flat.label_at[1:-1])) or not graph.run():
+            return None
+    return core, flat
+
+
+def _run(flat: Flat, record: Record, seed: int) -> None:
+    streams = np.random.default_rng(seed).spawn(2)
+    small = int((flat.matrix < flat.forbidden).sum()) <= EXACT_PAIRS
+
+    def first() -> None:
+        if small:
+            solve_exactly(flat, record)
+        else:
+            raise_bounds(flat, record, (1 - BOUND_SHARE) * record.seconds_left)
+        search(flat, record, streams[0])
+
+    def second() -> None:
+        share = BOUND_SHARE if small else START_SHARE
+        raise_bounds(flat, record, (1 - share) * record.seconds_left)
+        search(flat, record, streams[1])
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(first), pool.submit(second)]:
+            done.result()
+
+
+def _trivial_bound(flat: Flat) -> float:
+    """Each node's cheapest label and each edge's cheapest pair."""
+    if not len(flat.label_at) > 1:
+        return 0.0
+    nodes = float(np.minimum.reduceat(flat.cost, flat.label_at[:-1]).sum())
+    return nodes + (float(np.minimum.reduceat(flat.matrix, flat.matrix_at[:-1]).sum()) if len(flat.edge_a) else 0.0)
+
+
+def _whole(problem: Problem) -> bool:
+    """Every cost is a whole number or infinite."""
+    arrays = [*problem.costs, *(edge.cost for edge in problem.edges)]
+    return all(bool((np.floor(x) == x).all()) for x in arrays)
+
+
+def _none(started: float) -> Labelling:
+    return Labelling((), math.inf, math.inf, "infeasible", time.monotonic() - started)
+
+
+def _answer(problem: Problem, core: Core, record: Record, started: float) -> Labelling:
+    if record.labels is None:
+        if record.infeasible:
+            return _none(started)
+        bound = record.bound + core.constant
+        return Labelling((), math.inf, bound, "unknown", time.monotonic() - started)
+    labels = core.expand([int(x) for x in record.labels])
+    cost = problem.cost(labels)
+    bound = min(cost, record.bound + core.constant)
+    return Labelling(labels, cost, bound, "optimal" if record.closed else "feasible", time.monotonic() - started)
