@@ -6,7 +6,10 @@ import highspy
 
 
 class Highs(highspy.Highs):
-    """A solver that is silent from its first breath: its constructor prints a banner when callbacks are enabled."""
+    """A solver that is silent from its first breath: highspy's own prints a banner as it enables callbacks."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def enableCallbacks(self) -> None:
         self.setOptionValue("output_flag", False)
