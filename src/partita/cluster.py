@@ -17,6 +17,7 @@ class Device:
 
     ``memory_bytes``: what a plan may use. ``flops``: float32 operations per second a large matrix product reaches.
     ``memory_bandwidth``: bytes per second. ``cores``: of a CPU group. ``overhead_seconds``: floor of one op.
+    ``half_flops``: peak operations per second in 16 bits, products summed in 32 (0: no faster than float32).
     """
 
     name: str
@@ -27,6 +28,7 @@ class Device:
     cores: tuple[int, ...] = ()
     overhead_seconds: float = 5e-6
     node: int = 0
+    half_flops: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,10 @@ class Cluster:
     ) -> Cluster:
         """A description (``"2x8xH100"``), a file (``"cluster.yaml"``), or devices of this machine (``2``, ``"auto"``,
         ``["cpu", "cpu"]``, ``"cuda:0,cuda:1"``), with ``memory`` as the limit per device."""
+        from partita import cluster_file
+
+        if isinstance(spec, str) and memory is None and cluster_file.reads(spec):
+            return cluster_file.describe(spec)
         from partita.measure.detect import parse
 
         return parse(spec, memory=memory)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import msgspec
 
 from partita.cluster import Cluster, Device, Link
-from partita.cluster_presets import ALIASES, PRESETS, Preset
+from partita.cluster_presets import ALIASES, FABRICS, NETWORKS, PRESETS, Preset
 from partita.errors import ClusterError, UsageError
 from partita.strict_yaml import Flow, FlowList, Reader, dump, nearest, read_text, write_text
 from partita.units import parse_bytes
@@ -19,17 +20,30 @@ from partita.units import parse_bytes
 VERSION = 1
 FABRIC_LATENCY = 10e-6
 NETWORK_LATENCY = 30e-6
-_TERM = re.compile(r"^(?:(\d+)\s*x\s*)?(?:(\d+)\s*x\s*)?([A-Za-z][A-Za-z0-9]*(?:-\d+GB)?)$", re.IGNORECASE)
+_TERM = re.compile(
+    r"^(?:(\d+)\s*x\s*)?(?:(\d+)\s*x\s*)?([A-Za-z][A-Za-z0-9]*(?:-\d+GB)?)((?:\s*@\s*[A-Za-z0-9-]+)*)$",
+    re.IGNORECASE,
+)
 _PREFIX = {"": 0, "k": 3, "M": 6, "G": 9, "T": 12}
 _SECONDS = {"s": 0, "ms": -3, "us": -6, "ns": -9}
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    per_node: int
+    kind: str
+    preset: Preset
+    fabric_latency: float
+    network_latency: float
 
 
 def describe(spec: str) -> Cluster:
     """``"8xH100"``: one node; ``"2x8xH100"``: two; ``"8xA100-80GB + 16xV100-16GB"``: one node of each.
 
-    In one node devices are called as torch calls them there (``cuda:0``), in several ``node1/cuda:0``.
+    ``"4x8xA100@PCIE4@ETHERNET-25G"``: with these links inside and between the nodes. In one node devices are called
+    as torch calls them there (``cuda:0``), in several ``node1/cuda:0``.
     """
-    nodes: list[tuple[int, str, Preset]] = []
+    nodes: list[_Node] = []
     for term in spec.split("+"):
         match = _TERM.match(term.strip())
         if match is None:
@@ -37,34 +51,67 @@ def describe(spec: str) -> Cluster:
                 f"cannot read {term.strip()!r} in the cluster {spec!r}; write for example '8xH100', '2x8xH100' or "
                 f"'8xA100-80GB + 16xV100-16GB'"
             )
-        first, second, kind = match.groups()
+        first, second, kind, links = match.groups()
         count, per_node = (int(first), int(second)) if second else (1, int(first or 1))
         if count < 1 or per_node < 1:
             raise ClusterError(f"{term.strip()!r} in the cluster {spec!r} has no devices; counts start at 1")
-        preset = _preset(kind, spec)
-        nodes += [(per_node, _name(kind), preset)] * count
-    devices: list[Device] = []
-    links = [Link("*", "*", min(p.network for _, _, p in nodes), NETWORK_LATENCY)]
-    for index, (per_node, kind, preset) in enumerate(nodes):
-        stem = f"node{index}/{preset.prefix}:" if len(nodes) > 1 else f"{preset.prefix}:"
-        for i in range(per_node):
-            devices.append(
-                Device(
-                    name=f"{stem}{i}",
-                    kind=kind,
-                    memory_bytes=preset.memory_bytes,
-                    flops=preset.flops,
-                    memory_bandwidth=preset.memory_bandwidth,
-                    overhead_seconds=preset.overhead_seconds,
-                    node=index,
-                )
+        node = _Node(per_node, _name(kind), _preset(kind, spec), FABRIC_LATENCY, NETWORK_LATENCY)
+        nodes += [_linked(node, links, spec)] * count
+    return _joined(nodes)
+
+
+def _linked(node: _Node, links: str, spec: str) -> _Node:
+    """The node with the links named after '@'."""
+    for name in filter(None, (part.strip().upper() for part in links.split("@"))):
+        if name in NETWORKS:
+            network = NETWORKS[name]
+            node = replace(
+                node,
+                preset=replace(node.preset, network=network.bandwidth),
+                network_latency=network.latency_seconds,
             )
-        links.append(Link(f"{stem}*", f"{stem}*", preset.fabric, FABRIC_LATENCY))
-        links += [
-            Link(f"{stem}*", f"node{other}/*", min(preset.network, nodes[other][2].network), NETWORK_LATENCY)
-            for other in range(index)
-            if preset.network != links[0].bandwidth and nodes[other][2].network != links[0].bandwidth
+        elif name in FABRICS:
+            fabric = FABRICS[name]
+            node = replace(
+                node, preset=replace(node.preset, fabric=fabric.bandwidth), fabric_latency=fabric.latency_seconds
+            )
+        else:
+            known = (*FABRICS, *NETWORKS)
+            hint = nearest(name, known) or f"; known: {', '.join(known)}"
+            raise ClusterError(f"no figures for a link called {name!r} in the cluster {spec!r}{hint}")
+    return node
+
+
+def _joined(nodes: Sequence[_Node]) -> Cluster:
+    """Devices of all nodes; a link inside each, one between all, and one between faster ones where they differ."""
+    devices: list[Device] = []
+    slowest = min(n.preset.network for n in nodes)
+    links = [Link("*", "*", slowest, max(n.network_latency for n in nodes))]
+    faster: list[int] = []
+    for index, node in enumerate(nodes):
+        preset = node.preset
+        stem = f"node{index}/{preset.prefix}:" if len(nodes) > 1 else f"{preset.prefix}:"
+        devices += [
+            Device(
+                name=f"{stem}{i}",
+                kind=node.kind,
+                memory_bytes=preset.memory_bytes,
+                flops=preset.flops,
+                memory_bandwidth=preset.memory_bandwidth,
+                overhead_seconds=preset.overhead_seconds,
+                node=index,
+                half_flops=preset.half_flops,
+            )
+            for i in range(node.per_node)
         ]
+        links.append(Link(f"{stem}*", f"{stem}*", preset.fabric, node.fabric_latency))
+        if preset.network != slowest:
+            links += [
+                Link(f"{stem}*", f"node{other}/*", min(preset.network, nodes[other].preset.network),
+                     max(node.network_latency, nodes[other].network_latency))
+                for other in faster
+            ]  # fmt: skip
+            faster.append(index)
     return Cluster(tuple(devices), tuple(links))
 
 
@@ -94,6 +141,14 @@ def is_description(spec: str) -> bool:
     return not all(term.isdecimal() for term in terms)
 
 
+def reads(spec: str) -> bool:
+    """True for text in the form of a description that names a known kind first."""
+    terms = [_TERM.match(term.strip()) for term in spec.split("+")]
+    kinds = [_name(match.group(3)).partition("-")[0] for match in terms if match is not None]
+    known = {name.partition("-")[0] for name in PRESETS}
+    return len(kinds) == len(terms) and all(kind in known for kind in kinds) and any(c in spec for c in "xX+@")
+
+
 class _Device(msgspec.Struct):
     name: str
     memory: str
@@ -103,6 +158,7 @@ class _Device(msgspec.Struct):
     cores: tuple[int, ...] = ()
     overhead: str = "5us"
     node: int = 0
+    half_flops: str = "0"
 
 
 class _Link(msgspec.Struct):
@@ -141,6 +197,7 @@ def loads(text: str, source: str = "the cluster") -> Cluster:
                 cores=entry.cores,
                 overhead_seconds=_amount(reader, (*at, "overhead"), entry.overhead, "seconds", zero=True),
                 node=entry.node,
+                half_flops=_amount(reader, (*at, "half_flops"), entry.half_flops, "flop/s", zero=True),
             )
         )
         if any(d.name == entry.name for d in devices[:-1]):
@@ -220,6 +277,8 @@ def dumps(cluster: Cluster) -> str:
             memory_bandwidth=_spell(device.memory_bandwidth, "B/s"),
             overhead=_spell(device.overhead_seconds, "seconds"),
         )
+        if device.half_flops:
+            entry["half_flops"] = _spell(device.half_flops, "flop/s")
         if device.cores:
             entry["cores"] = FlowList(device.cores)
         if device.node:

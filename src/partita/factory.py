@@ -1,4 +1,7 @@
-"""FACTORY on the command line: ``module:function`` or ``file.py:function`` that makes a model and an example call."""
+"""FACTORY on the command line: ``module:function`` or ``file.py:function`` that makes a model and an example call.
+
+A name of ``partita.models`` (``llama-405b``) is one too: the model on meta tensors, of its published size.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from partita import models
 from partita.errors import UsageError
 from partita.strict_yaml import nearest
 
@@ -22,12 +27,21 @@ SHAPE = "it must return (model, example_args) or (model, example_args, example_k
 Made = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
-def load(spec: str, batch: int | None = None) -> Made:
+def load(spec: str, batch: int | None = None, seq: int | None = None) -> Made:
     """Model, example args and example kwargs. ``batch``: samples of the example call; handed to the factory where it
-    takes ``batch``, else the example tensors' rows are repeated or cut. Raises UsageError."""
+    takes ``batch``, else the example tensors' rows are repeated or cut. ``seq``: tokens a sample, for named models and
+    factories that take ``seq``. Raises UsageError."""
     if batch is not None and batch < 1:
         raise UsageError(f"--batch {batch} holds no samples; it must be at least 1")
+    if ":" not in spec and spec.lower() in (*models.NAMES, *models.ALIASES):
+        return (*models.make(spec, batch or 2, seq), {})
     factory = _find(spec)
+    if seq is not None:
+        if "seq" not in _parameters(factory):
+            raise UsageError(
+                f"FACTORY {spec!r} takes no 'seq'; leave out --seq, or give the function a parameter of it"
+            )
+        factory = partial(factory, seq=seq)
     takes_batch = "batch" in _parameters(factory)
     try:
         made = factory(batch=batch) if batch is not None and takes_batch else factory()
@@ -42,7 +56,8 @@ def load(spec: str, batch: int | None = None) -> Made:
 def _find(spec: str) -> Callable[..., Any]:
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
-        raise UsageError(f"FACTORY {spec!r} names no function; write module:function or file.py:function")
+        hint = nearest(spec, models.NAMES) if not colon else ""
+        raise UsageError(f"FACTORY {spec!r} names no function; write module:function or file.py:function{hint}")
     module = _from_file(place) if place.endswith(".py") else _from_name(place)
     found = getattr(module, name, None)
     if found is None:
