@@ -139,7 +139,7 @@ def test_other_remedies_are_planned_too():
 def test_a_constraint_that_makes_it_impossible_is_named():
     wide = mlp(8, width=256, deep=True, batch=16)
     whole = 4 * 8 * 256 * 256 * 4
-    with pytest.raises(InfeasibleError, match="without the constraint max_stages it works"):
+    with pytest.raises(InfeasibleError, match="without the constraint max_stages 1 it works"):
         plan(cluster(2, memory=int(whole * 0.7)), wide, constraints={"max_stages": 1})
 
 

@@ -29,7 +29,9 @@ class Stage:
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """The devices of each replica: with ``tensor`` 2, (a, b, c, d) is ((a, b), (c, d))."""
-        return tuple(self.devices[i : i + self.tensor] for i in range(0, len(self.devices), self.tensor))
+        return tuple(
+            self.devices[i : i + max(self.tensor, 1)] for i in range(0, len(self.devices), max(self.tensor, 1))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class Predicted:
     one_device_seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Plan:
     """``schedule``: gpipe, 1f1b, interleaved or zero_bubble. ``reasons``: why it is so, a line each.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
+from weakref import WeakKeyDictionary
 
 from partita.plan import Plan
 from partita.units import format_bytes, format_seconds
@@ -48,8 +50,28 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]
 
 
+_LATER: WeakKeyDictionary[Plan, Callable[[], tuple[str, ...]]] = WeakKeyDictionary()
+
+
+def explain_later(plan: Plan, reasons: Callable[[], tuple[str, ...]]) -> Plan:
+    """The same plan; reasons that take planning again are worked out when somebody asks (``complete``)."""
+    _LATER[plan] = reasons
+    return plan
+
+
+def complete(plan: Plan) -> Plan:
+    """The plan with every reason its planner can give, worked out once; a file's plan has those it was saved with."""
+    later = _LATER.get(plan)
+    if later is None:
+        return plan
+    found = later()
+    _LATER[plan] = lambda: found
+    return replace(plan, reasons=(*plan.reasons, *found))
+
+
 def explain(plan: Plan) -> str:
     """``Plan.explain()``."""
+    plan = complete(plan)
     count = len(plan.stages)
     size = f", {plan.batch.size} samples" if plan.batch.size else ""
     lines = [

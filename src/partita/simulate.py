@@ -27,8 +27,9 @@ def simulate(
 ) -> Trace:
     """The predicted Trace. ``costs``: (segment, device name) -> cost (``cost.table.segment_costs``).
 
-    Memory counts parameters, gradients and ``optimizer`` state, saved activations, received tensors and what is alive
-    only while a segment runs. Raises PlanError where devices wait for each other for ever, naming who waits for what.
+    Memory counts parameters, gradients and ``optimizer`` state, saved activations, received tensors, what is alive only
+    while a segment runs, and, where devices share the caller's memory, the whole batch of what the caller made. Raises
+    PlanError where devices wait for each other for ever, naming who waits for what.
     """
     return _Run(program, costs, cluster, optimizer).go()
 
@@ -82,6 +83,7 @@ class _Run:
             self.link_free[link] = end
             self.arrival[(device, item.peer, item.segment, item.microbatch, item.tensor, item.grad)] = end
             self._event(device, item, begin, end)
+            self.memory.sent(device, item)
             return True
         if item.kind == "RECV":
             key = (item.peer, device, item.segment, item.microbatch, item.tensor, item.grad)
@@ -154,26 +156,43 @@ class _Memory:
         self.now = dict.fromkeys(devices, 0.0)
         factor = optimizer_factor(optimizer)
         held: dict[str, dict[str, tuple[int, bool]]] = {device: {} for device in devices}
+        views: dict[str, dict[str, float]] = {device: {} for device in devices}
         owner: dict[str, str] = {}
         for s, places in enumerate(program.placement):
             for device in dict.fromkeys(places):
                 if device in held and (s, device) in costs:
                     for name, size, trains in costs[s, device].parameters:
                         held[device][name] = (size, trains)
+                    for name, whole in costs[s, device].given if shares_memory(device) else ():
+                        views[device][name] = whole.at(sum(program.sizes))
         for device, parameters in held.items():
             for name, (size, trains) in parameters.items():
                 mine = owner.setdefault(name, device) == device if shares_memory(device) else True
                 gradient = size if trains and program.train else 0
                 self.now[device] += size + factor * gradient if mine else 0
+            self.now[device] += sum(views[device].values())
         self.peak = dict(self.now)
         self.made: dict[str, set[str]] = {device: set() for device in devices}
         self.late: dict[tuple[int, str], float] = {}
         self.waiting: dict[tuple[int, str], int] = {}
         self.boundary: dict[tuple[str, int], float] = {}
+        split = [s for s, segment in enumerate(program.segments) if segment.phase == "split"]
+        places = program.placement[split[0]] if len(split) == 1 else ()
+        self.together = len(set(places)) == len(program.sizes) > 1 and all(map(shares_memory, places))
+        self.leaving: dict[tuple[str, str, str], float] = {}
 
     def _add(self, device: str, change: float, transient: float = 0.0) -> None:
         self.now[device] += change
         self.peak[device] = max(self.peak[device], self.now[device] + transient)
+
+    def sent(self, device: str, item: Instruction) -> None:
+        """The gradient sent last stays until the next one goes: who gets it may still be busy. (Activations count with
+        their receiver, and here while they are saved.)
+        """
+        if item.grad:
+            key = (device, item.peer, item.tensor)
+            self._add(device, item.nbytes - self.leaving.get(key, 0.0))
+            self.leaving[key] = item.nbytes
 
     def received(self, device: str, item: Instruction) -> None:
         key = (device, item.microbatch)
@@ -186,6 +205,8 @@ class _Memory:
             return
         samples = samples_of(self.program, item)
         saved, transient = cost.saved.at(samples), cost.transient.at(samples)
+        if not shares_memory(device):  # rows of what the caller made are copied here
+            saved += cost.rows.at(samples)
         if item.kind == "F":
             self._add(device, saved if self.program.train else 0.0, transient)
             ends = not self.program.train
@@ -219,10 +240,10 @@ class _Memory:
         if splits_backward:
             self.late[key] = self.late.get(key, 0.0) + min(float(cost.later), total)
             total -= min(float(cost.later), total)
-        lines = cost.climb if fresh and not splits_backward else cost.surge
+        lines = cost.put_off if splits_backward else cost.climb if fresh else cost.surge
+        if self.together:  # the replica that is ahead leaves its products to be made later
+            lines = (*lines, *cost.put_off)
         rise = max((line.at(samples) for line in lines), default=transient)
-        if splits_backward:
-            rise += cost.joined.at(samples)
         self._add(device, 0.0, max(rise, 0.0))
         self.now[device] += total  # what is saved goes in the same moment
 

@@ -131,3 +131,29 @@ def saved_tensors(graph: Graph, op: Op) -> tuple[str, ...]:
     if short(op.target) in ("mul", "mul_", "div", "div_") and len(inputs) < 2:
         return ()
     return (*inputs, *outputs[:1]) if kind == "attention" or op.target.startswith("opaque:") else inputs
+
+
+RECURRENT = MappingProxyType(
+    {"lstm": 20, "gru": 12, "rnn_tanh": 4, "rnn_relu": 4, "lstm_cell": 8, "gru_cell": 6, "rnn_tanh_cell": 2,
+     "rnn_relu_cell": 2}
+)  # fmt: skip
+"""Numbers a layer keeps for backward per number of its output: gates and states (oneDNN's workspace for an LSTM)."""
+
+
+def workspace_bytes(graph: Graph, op: Op, samples: int) -> float:
+    """What backward needs beyond tensors of the graph: a recurrent layer's workspace, a max pooling's positions, and as
+    much as its result for code that cannot be looked into.
+    """
+    name = short(op.target)
+    if not op.grad or not op.outputs or not op.outputs[0]:
+        return 0.0
+    out = graph.tensor(op.outputs[0])
+    if name in RECURRENT:
+        counts = [a for a in op.args if isinstance(a, int) and not isinstance(a, bool)]
+        layers = 1 if name.endswith("_cell") else max(counts[:1], default=1)
+        return float(RECURRENT[name] * layers * out.nbytes(samples))
+    if name.startswith("opaque:"):
+        return float(out.nbytes(samples))
+    if name.startswith(("max_pool", "adaptive_max_pool")) and not any(op.outputs[1:]):
+        return 8.0 * prod(out.shape_at(samples))
+    return 0.0

@@ -16,13 +16,13 @@ from partita.cluster import Cluster, Device
 from partita.cost.affine import Affine, through
 from partita.cost.blocks import Block, profile_units
 from partita.cost.measured import Measured
-from partita.cost.ops import family, op_cost, saved_tensors, short
+from partita.cost.ops import op_cost, saved_tensors, short, workspace_bytes
+from partita.cost.surge import PUT_OFF, parameters_of, surges, tensor_bytes
 from partita.graph import Graph
 from partita.program import Program
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
-PUT_OFF = frozenset({"linear", "addmm", "embedding"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,11 @@ class SegmentCost:
 
     ``parameters``: (name, bytes, trains) of each parameter and buffer it takes. ``transient``: alive while it runs.
     ``first``: seconds more that the first microbatch of a step takes. ``climb``: bytes above ``saved`` at the worst
-    moments of the first backward, when gradients come as activations go; ``surge``: of the others.
+    moments of the first backward, when gradients come as activations go; ``surge``: of the others; ``put_off``: of one
+    that leaves its weight gradients for later.
     ``owed``: kept between B and W where weight gradients are put off, ``joined``: of the largest op; ``later``: bytes
-    of the gradients that W makes.
+    of the gradients that W makes. ``given``: what the caller holds for the whole batch and these ops use (inputs,
+    noise), which ``saved`` leaves out; ``rows``: of it, what backward needs of a microbatch.
     """
 
     forward: Affine
@@ -45,9 +47,12 @@ class SegmentCost:
     first: Affine = Affine()
     climb: tuple[Affine, ...] = ()
     surge: tuple[Affine, ...] = ()
+    put_off: tuple[Affine, ...] = ()
     owed: Affine = Affine()
     joined: Affine = Affine()
     later: int = 0
+    given: tuple[tuple[str, Affine], ...] = ()
+    rows: Affine = Affine()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +66,7 @@ class CostTable:
     weight: Mapping[str, Array]
     saved: Array
     first: Mapping[str, Array]
+    given: Mapping[str, Affine]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -83,7 +89,8 @@ def cost_table(
     backward: dict[str, Array] = {}
     weight: dict[str, Array] = {}
     first: dict[str, Array] = {}
-    saved = _saved(graph)
+    given = given_bytes(graph)
+    saved = _saved(graph, given)
     batch = max(graph.batch, 1)
     for kind, device in devices.items():
         rows = [op_cost(graph, op, device) for op in graph.ops]
@@ -103,7 +110,7 @@ def cost_table(
             if timing.saved is not None:
                 _share(saved[where], timing.saved, batch)
         forward[kind], backward[kind], weight[kind], first[kind] = f, b, w, extra
-    return CostTable(graph, parts, forward, backward, weight, saved, first)
+    return CostTable(graph, parts, forward, backward, weight, saved, first, given)
 
 
 def _share(rows: Array, value: Affine, batch: int) -> None:
@@ -114,15 +121,25 @@ def _share(rows: Array, value: Affine, batch: int) -> None:
     rows[:, 0], rows[:, 1] = part * value.fixed, part * value.per_sample
 
 
-def tensor_bytes(graph: Graph, name: str) -> Affine:
-    """Bytes of one tensor as a line through one sample and the graph's batch."""
-    batch = max(graph.batch, 2)
-    tensor = graph.tensor(name)
-    return through(1, tensor.nbytes(1), batch, tensor.nbytes(batch))
+def given_bytes(graph: Graph) -> dict[str, Affine]:
+    """Base -> bytes of what the caller holds for the whole batch during a step: inputs of the call, and what depends on
+    none of them (noise, masks, positions).
+    """
+    found = {t.base or t.name: tensor_bytes(graph, t.base or t.name) for t in graph.of_role("input")}
+    once = {t.name for t in graph.tensors if t.role in ("parameter", "buffer", "constant")}
+    for op in graph.ops:
+        if not op.writes and all(name in once for name in op.uses()):
+            for out in op.outputs:
+                if out and not graph.tensor(out).needs_grad:
+                    once.add(out)
+                    base = graph.tensor(out).base or out
+                    if graph.tensor(base).role == "op":
+                        found.setdefault(base, tensor_bytes(graph, base))
+    return found
 
 
-def _saved(graph: Graph) -> Array:
-    """Bytes kept for backward, with the op that makes them (inputs of the call: the first that keeps them).
+def _saved(graph: Graph, given: Mapping[str, Affine]) -> Array:
+    """Bytes kept for backward, with the op that makes them; what is given is left out.
 
     A stage that receives a tensor counts it as a received one; every storage is counted once.
     """
@@ -131,29 +148,18 @@ def _saved(graph: Graph) -> Array:
     for i, op in enumerate(graph.ops):
         for name in saved_tensors(graph, op):
             base = graph.tensor(name).base or name
-            if base in seen or graph.tensor(base).role in ("parameter", "buffer", "constant"):
+            if base in seen or base in given or graph.tensor(base).role in ("parameter", "buffer", "constant"):
                 continue
             seen.add(base)
             producer = graph.producer(base)
             size = tensor_bytes(graph, base)
             result[i if producer is None else producer] += (size.fixed, size.per_sample)
+        extra = workspace_bytes(graph, op, 1)
+        if extra:
+            batch = max(graph.batch, 2)
+            size = through(1, extra, batch, workspace_bytes(graph, op, batch))
+            result[i] += (size.fixed, size.per_sample)
     return result
-
-
-def parameters_of(graph: Graph, ops: Iterable[int]) -> tuple[tuple[str, int, bool], ...]:
-    """(name, bytes, trains) of each parameter, buffer and constant these ops take; tied ones once."""
-    found: dict[str, tuple[str, int, bool]] = {}
-    for i in ops:
-        for name in graph.ops[i].uses():
-            base = graph.tensor(name).base or name
-            tensor = graph.tensor(base)
-            if tensor.role in ("parameter", "buffer", "constant"):
-                found[base] = (
-                    base,
-                    tensor.nbytes(max(graph.batch, 1)),
-                    tensor.role == "parameter" and tensor.needs_grad,
-                )
-    return tuple(found.values())
 
 
 def segment_cost(
@@ -190,53 +196,22 @@ def segment_cost(
     owed, joined, later = _owed(graph, ops)
     return SegmentCost(
         forward, backward, weight, saved, largest, parameters_of(graph, ops), first,
-        _surge(table, index, recompute, saved, fresh=True), _surge(table, index, recompute, saved, fresh=False),
-        owed, joined, later,
+        *surges(graph, index, table.saved[index], recompute, saved), owed, joined, later, *given_to(table, ops),
     )  # fmt: skip
 
 
-def _surge(
-    table: CostTable, index: Indices, recompute: Sequence[tuple[int, int]], saved: Affine, *, fresh: bool
-) -> tuple[Affine, ...]:
-    """Backward undoes the ops in reverse; at each: saved by it and those before, made again by its range, the gradients
-    it works on, weights' gradients made (``fresh``), less all that is saved. The lines that are highest at some size.
-    """
-    graph, rows = table.graph, table.saved[index].copy()
-    again = np.zeros_like(rows)
-    for start, stop in recompute:
-        again[start:stop] = rows[start:stop].sum(axis=0)
-        rows[start:stop] = 0.0
-    held = np.cumsum(rows, axis=0) + again
-    kept = np.array([saved.fixed, saved.per_sample]) - rows.sum(axis=0)  # what enters the ranges
-    held += kept
-    seen: set[str] = set()
-    made = 0.0
-    for at in range(len(index) - 1, -1, -1) if fresh else ():
-        for name, size, trains in parameters_of(graph, (int(index[at]),)):
-            if trains and name not in seen:
-                seen.add(name)
-                made += size
-        held[at, 0] += made
-    held += _gradients_of(graph, index) - np.array([saved.fixed, saved.per_sample])
-    batch = max(graph.batch, 1)
-    sizes = {1, batch, *(batch >> k for k in range(1, 8) if batch >> k)}
-    best = {int(np.argmax(held[:, 0] + held[:, 1] * n)) for n in sizes}
-    return tuple(Affine(float(held[i, 0]), float(held[i, 1])) for i in sorted(best))
-
-
-def _gradients_of(graph: Graph, index: Indices) -> Array:
-    """Bytes of the gradients alive while each op is undone: of its result and, where they are new, of its inputs."""
-    result = np.zeros((len(index), 2))
-    for at, i in enumerate(index):
-        op = graph.ops[int(i)]
-        kind = family(op)
-        new = () if kind in ("view", "linear") else op.uses()
-        for name in {*new, *(o for o in op.outputs if o)} if kind != "view" else ():
-            tensor = graph.tensor(name)
-            if tensor.needs_grad and tensor.role in ("op", "input"):
-                size = tensor_bytes(graph, name)
-                result[at] += (size.fixed, size.per_sample)
-    return result
+def given_to(table: CostTable, ops: Iterable[int]) -> tuple[tuple[tuple[str, Affine], ...], Affine]:
+    """Of these ops: what is given to them, whole, and the rows of it that their backward needs."""
+    graph = table.graph
+    found: dict[str, bool] = {}
+    for i in ops:
+        names = [name for name in graph.ops[i].uses() if (graph.tensor(name).base or name) in table.given]
+        kept = saved_tensors(graph, graph.ops[i]) if names else ()
+        for name in names:
+            base = graph.tensor(name).base or name
+            found[base] = found.get(base, False) or name in kept
+    rows = sum((table.given[base] for base, kept in found.items() if kept), Affine())
+    return tuple((base, table.given[base]) for base in found), rows
 
 
 def _owed(graph: Graph, ops: Sequence[int]) -> tuple[Affine, Affine, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from partita.cluster import Cluster
-from partita.cost.blocks import blocks, legal_cuts
+from partita.cost.blocks import Block, blocks, legal_cuts
 from partita.cost.measured import Measured
 from partita.cost.memory import optimizer_factor
 from partita.cost.table import CostTable, cost_table, segment_costs
@@ -17,13 +17,16 @@ from partita.graph import Graph
 from partita.lower import lower
 from partita.manual import stage_names
 from partita.plan import Batch, Plan, Predicted, Stage
+from partita.plan_text import counted, explain_later
 from partita.planners.build import HEADROOM, Built, build
+from partita.planners.conflicts import atoms, smallest_conflict
 from partita.planners.constraints import Constraints, Resolved, resolve
-from partita.planners.explain import binding_reasons, cut_reasons, other_reasons
-from partita.planners.objective import fits
+from partita.planners.explain import binding_reasons, cut_reasons, later_reasons, other_reasons, shortage
+from partita.planners.objective import candidate_bytes, fits
 from partita.planners.problem import Candidate, Infeasible, Optimal, Outcome, Pool, Problem, StageChoice
-from partita.planners.remedies import remedies
+from partita.planners.remedies import conflict, loosened, remedies
 from partita.planners.stages import stages
+from partita.planners.tensor import with_tensor
 from partita.sharding.batch import BatchLayouts, layouts
 from partita.simulate import simulate
 from partita.units import format_bytes, format_seconds
@@ -32,6 +35,7 @@ RANK_SECONDS = 0.45
 RECOMPUTE_UNITS = (64, 32, 16, 8, 4)
 IDEALS_BLOCKS = 40
 QUICK_OPS = 200
+ATTEMPTS = 4
 EXACT_BLOCKS = 120
 SLACK = 0.002
 TIGHT_SLACK = 0.01
@@ -46,6 +50,7 @@ class Ranked:
     seconds: float
     memory: tuple[tuple[str, int], ...]
     bottleneck: str
+    over: tuple[str, float] = ("", 0.0)
 
 
 def auto(
@@ -68,10 +73,21 @@ def auto(
     statistics. Raises InfeasibleError with the nearest remedies, PlanError for
     constraints that contradict each other, UsageError for names that mean nothing.
     """
-    return _Planner(
-        graph, batch_layouts, cluster, optimizer, Constraints.read(constraints), objective, batch or graph.batch,
-        measured, batch_norm, sync_batch_norm,
-    ).plan()  # fmt: skip
+    wanted = Constraints.read(constraints)
+    if wanted.tensor > 1:
+
+        def over(teams: Cluster) -> Plan:
+            return auto(
+                graph, batch_layouts, teams, optimizer=optimizer, constraints=replace(wanted, tensor=1),
+                objective=objective, batch=batch, batch_norm=batch_norm, sync_batch_norm=sync_batch_norm,
+            )  # fmt: skip
+
+        return with_tensor(graph, batch_layouts, cluster, wanted.tensor, over, optimizer=optimizer)
+    free = _Planner(
+        graph, batch_layouts, cluster, optimizer, objective, batch or graph.batch, measured, batch_norm,
+        sync_batch_norm,
+    )  # fmt: skip
+    return free.constrained(wanted).plan()
 
 
 class _Planner:
@@ -81,7 +97,6 @@ class _Planner:
         batch_layouts: BatchLayouts,
         cluster: Cluster,
         optimizer: str,
-        constraints: Constraints,
         objective: str,
         batch: int,
         measured: Measured | None,
@@ -96,30 +111,57 @@ class _Planner:
         if not cluster.devices:
             raise PlanError("the cluster has no devices")
         self.graph, self.layouts, self.cluster = graph, batch_layouts, cluster
-        self.optimizer, self.constraints, self.batch, self.batch_norm = optimizer, constraints, batch, batch_norm
+        self.optimizer, self.constraints, self.batch, self.batch_norm = optimizer, Constraints(), batch, batch_norm
         self.train = objective == "train" and any(t.needs_grad for t in graph.of_role("parameter", "input"))
-        self.resolved = self._resolve()
+        self.resolved = Resolved()
+        self.quick: tuple[Built, ...] = ()
+        self.parts: dict[tuple[int, ...], tuple[Block, ...]] = {}
+        self.overshoot = float("inf")
         self.table: CostTable = cost_table(graph, cluster, measured=measured)
         self.synced = batch_layouts
         if sync_batch_norm and batch_layouts.couplings:
             self.synced = layouts(graph, batch_norm="per_microbatch")
         self.sync = bool(batch_layouts.couplings) and not self.synced.couplings
-        self.notes: list[str] = []
 
     def _resolve(self) -> Resolved:
         resolved = resolve(self.graph, self.cluster, self.constraints)
-        legal = legal_cuts(self.graph)
-        inside = [name for name, start in resolved.starts if not legal[start]]
-        if inside:
-            raise PlanError(
-                "the constraints cannot be met",
-                tuple(
-                    f"split_before {name!r}: an op after it changes in place what an op before it made; split "
-                    "before or after both"
-                    for name in inside
-                ),
-            )
+        legal = legal_cuts(self.graph) if resolved.starts else ()
+        problems = [
+            f"split_before {name!r}: an op after it changes in place what an op before it made; split before or after "
+            "both"
+            for name, start in resolved.starts
+            if not legal[start]
+        ]
+        asked = max(self.constraints.microbatches, self.constraints.num_replicas)
+        if asked > max(self.batch, 1):
+            problems.append(f"{asked} microbatches or replicas need as many samples; the batch has {self.batch}")
+        elif asked > 1 and not self.layouts.microbatchable:
+            problems.append("the model's batch cannot be cut, so there is one microbatch and no replica")
+        if problems:
+            raise PlanError("the constraints cannot be met", tuple(problems))
         return resolved
+
+    def constrained(self, wanted: Constraints) -> _Planner:
+        """The same request with these constraints. Raises PlanError where they contradict each other, with the smallest
+        set that does and what works instead."""
+        try:
+            return self.again(constraints=wanted)
+        except PlanError as error:
+            asked = self.again()
+            asked.constraints = wanted
+            guilty = smallest_conflict(atoms(wanted), self._resolves)
+            words = ", ".join(map(str, guilty))
+            line = f"smallest conflicting set: {words}" if len(guilty) > 1 else f"{words} cannot be met by itself"
+            raise PlanError(
+                "the constraints cannot be met", (*error.problems, line), tuple(loosened(asked, guilty))
+            ) from None
+
+    def _resolves(self, constraints: Constraints) -> bool:
+        try:
+            self.again(constraints=constraints)
+        except PlanError:
+            return False
+        return True
 
     def _coarse(self, cluster: Cluster) -> Built:
         """Parts that are modules, as large as serves recomputation best: least kept together with the largest alive."""
@@ -131,24 +173,28 @@ class _Planner:
         also += [i for _, ops in (*self.resolved.together, *self.resolved.recompute) for i in (min(ops), max(ops) + 1)]
         marks = dict(self.resolved.place)
         also += [i for i in range(1, len(self.graph.ops)) if marks.get(i) != marks.get(i - 1)]
-        if coarse:
-            parts = blocks(self.graph, limit=coarse, exact=0, also=also, chunks=False)
-        else:
-            parts = blocks(self.graph, also=also)
+        key = (coarse, *sorted(set(also)))
+        if key not in self.parts:
+            how: dict[str, Any] = {"limit": coarse, "exact": 0, "chunks": False} if coarse else {}
+            self.parts[key] = tuple(blocks(self.graph, also=also, **how))
         return build(
-            self.graph, self.layouts, cluster, self.table, parts, batch=self.batch, optimizer=self.optimizer,
+            self.graph, self.layouts, cluster, self.table, self.parts[key], batch=self.batch, optimizer=self.optimizer,
             train=self.train, constraints=self.constraints, resolved=self.resolved, sync=self.sync,
         )  # fmt: skip
 
     def plan(self) -> Plan:
         built, outcome, gap = self.search(self.cluster)
         if isinstance(outcome, Infeasible):
-            raise InfeasibleError(self._why_not(built, outcome))
+            raise self._why_not(built, outcome)
         listed = [outcome.best, *self._pipeline(built, outcome.best), *outcome.others]
         listed += [*self._mixed(built), *self._interleaved(built)]
         ranked = self._rank(built, listed)
         if not ranked:
-            raise InfeasibleError(self._why_not(built, Infeasible("every plan found exceeds a device's memory")))
+            rescued = self._attempt()
+            if rescued is None:
+                raise self._why_not(built, Infeasible("every plan found exceeds a device's memory when simulated"))
+            gap = (1.0 + gap) * rescued[1].candidate.seconds / outcome.best.seconds - 1.0
+            built, ranked = rescued[0], [rescued[1]]
         best = ranked[0]
         status = "optimal" if isinstance(outcome, Optimal) and gap == 0.0 else "feasible"
         one = self._one_device()
@@ -159,7 +205,7 @@ class _Planner:
             predicted=Predicted(best.seconds, best.bottleneck, best.memory, one),
             reasons=self._reasons(built, best, ranked[1:], one, gap),
         )
-        return plan
+        return explain_later(plan, lambda: later_reasons(self, built, best.candidate, best.seconds, gap))
 
     # -- search
 
@@ -180,7 +226,8 @@ class _Planner:
             gap = 0.0 if isinstance(free, Optimal) else free.gap
             return fine, replace(free, others=others), gap
         coarse = self._coarse(cluster)
-        rough = stages(coarse.problem, slack=TIGHT_SLACK)
+        self.quick = (fine, coarse) if len(self.graph.ops) <= QUICK_OPS else (coarse,)
+        rough = stages(coarse.problem, anywhere=coarse.problem.num_blocks <= IDEALS_BLOCKS, slack=TIGHT_SLACK)
         near = fine.problem
         in_hand = float("inf")
         if not isinstance(rough, Infeasible):
@@ -206,6 +253,8 @@ class _Planner:
         problem = built.problem
         if len(best.stages) > 1 or best.stages[0].replicas < 2 or problem.max_stages == 1:
             return []
+        if problem.num_replicas or problem.num_stages:
+            return []
         counts = tuple(m for m in problem.microbatches if m > 1)[-3:]
         alone = replace(problem, replicas=False, microbatches=counts, may_recompute=())
         found = stages(alone, slack=0.02, keep=1)
@@ -219,6 +268,8 @@ class _Planner:
         ok = ok and len(problem.pools) > 1 and not problem.pools_of and not problem.breaks
         if not ok or self.constraints.microbatches not in (0, count):
             return []
+        if problem.num_replicas not in (0, count) or problem.num_stages > 1:
+            return []
         stage = StageChoice(tuple(range(problem.num_blocks)), -1, count)
         return [Candidate((stage,), count, "1f1b")]
 
@@ -228,6 +279,7 @@ class _Planner:
         count = problem.num_devices
         wanted = self.constraints.schedule in ("", "interleaved") and not problem.joined and problem.train
         fits_count = not problem.max_stages or problem.max_stages >= 2 * count
+        fits_count = fits_count and not problem.num_stages and problem.num_replicas < 2
         if not wanted or not fits_count or count < 2 or len(problem.pools) > 1 or problem.num_blocks < 2 * count:
             return []
         options = [m for m in problem.microbatches if m % count == 0 and m >= count]
@@ -283,7 +335,7 @@ class _Planner:
             fingerprint=graph.fingerprint,
             devices=tuple(d.name for d in self.cluster.devices),
             batch=Batch(self.batch, candidate.microbatches, sizes),
-            schedule=candidate.schedule,
+            schedule=candidate.schedule if len(candidate.stages) > 1 else self.constraints.schedule or "1f1b",
             batch_norm=self.batch_norm,
         )
 
@@ -306,24 +358,17 @@ class _Planner:
         limits = {d.name: HEADROOM * d.memory_bytes for d in self.cluster.devices}
         began = time.perf_counter()
         ranked: list[Ranked] = []
+        self.overshoot = float("inf")
         for candidate in listed:
             if ranked and time.perf_counter() - began > RANK_SECONDS:
                 break
-            plan = self._to_plan(built, candidate, named=False)
-            synced = self.sync and len(plan.stages) == 1 and len(plan.stages[0].devices) == plan.batch.microbatches
-            how = self.synced if synced else self.layouts
-            program = lower(self.graph, how, plan, batch=self.batch or 1, train=self.train)
-            costs = segment_costs(program, self.table, self.cluster)
-            try:
-                trace = simulate(program, costs, self.cluster, optimizer=self.optimizer if self.train else "none")
-            except PlanError:  # stages that wait for each other: no plan
+            found = self.price(built, candidate)
+            if found is None:
                 continue
-            if any(need > limits[device] for device, need in trace.memory):
-                continue
-            busy = {device: trace.busy_seconds(device) for device, _ in trace.memory}
-            slowest = max(busy, key=busy.__getitem__) if busy else ""
-            seconds = trace.step_seconds or candidate.seconds
-            ranked.append(Ranked(plan, candidate, seconds, trace.memory, slowest))
+            over = max((need / limits[device] for device, need in found.memory), default=0.0)
+            self.overshoot = min(self.overshoot, over)
+            if over <= 1.0:
+                ranked.append(found)
         return sorted(
             ranked,
             key=lambda r: (
@@ -333,6 +378,38 @@ class _Planner:
                 r.plan.batch.microbatches,
             ),
         )
+
+    def price(self, built: Built, candidate: Candidate) -> Ranked | None:
+        """The candidate as simulated, whether or not it fits; None where its stages wait for each other."""
+        plan = self._to_plan(built, candidate, named=False)
+        synced = self.sync and len(plan.stages) == 1 and len(plan.stages[0].devices) == plan.batch.microbatches
+        how = self.synced if synced else self.layouts
+        program = lower(self.graph, how, plan, batch=self.batch or 1, train=self.train)
+        costs = segment_costs(program, self.table, self.cluster)
+        try:
+            trace = simulate(program, costs, self.cluster, optimizer=self.optimizer if self.train else "none")
+        except PlanError:
+            return None
+        busy = {device: trace.busy_seconds(device) for device, _ in trace.memory}
+        slowest = max(busy, key=busy.__getitem__) if busy else ""
+        missing = [(d, need - HEADROOM * self.cluster.device(d).memory_bytes) for d, need in trace.memory]
+        worst = max(missing, key=lambda pair: pair[1], default=("", 0.0))
+        over = worst if worst[1] > 0 else ("", 0.0)
+        return Ranked(plan, candidate, trace.step_seconds or candidate.seconds, trace.memory, slowest, over)
+
+    def slowest_op(self, built: Built, candidate: Candidate, stage: int) -> tuple[str, float]:
+        """The op that takes most of the stage's computing on its device, and its share."""
+        choice, n = candidate.stages[stage], built.problem.samples(candidate.microbatches)
+        kind = self.cluster.device(built.problem.pools[choice.pool].devices[0]).kind
+        rows = self.table.forward[kind] + (self.table.backward[kind] + self.table.weight[kind] if self.train else 0.0)
+        ops = [i for b in choice.blocks for i in built.blocks[b].ops]
+        seconds = [float(rows[i, 0] + rows[i, 1] * n) for i in ops]
+        most = max(range(len(ops)), key=seconds.__getitem__)
+        return self.graph.ops[ops[most]].name, seconds[most] / max(sum(seconds), 1e-30)
+
+    def elsewhere(self, cluster: Cluster) -> Plan:
+        """The plan of the same request for another cluster."""
+        return self.again(cluster=cluster).plan()
 
     def _one_device(self) -> float:
         kind = self.cluster.devices[0].kind
@@ -373,11 +450,19 @@ class _Planner:
         lines += other_reasons(problem, best.seconds, [(r.candidate, r.seconds) for r in others])
         return tuple(lines)
 
-    def _why_not(self, built: Built, outcome: Infeasible) -> str:
-        limits = ", ".join(f"{d.name} {format_bytes(d.memory_bytes)}" for d in self.cluster.devices[:8])
-        found = remedies(self, built.problem) if built.problem.num_blocks else ()
-        text = f"{self.graph.name or 'the model'}: {outcome.reason} ({limits}; batch {self.batch}, {self.optimizer})"
-        return text + "".join(f"\n  - {line}" for line in found)
+    def _why_not(self, built: Built, outcome: Infeasible) -> InfeasibleError:
+        guilty = conflict(self)
+        limits = counted([format_bytes(d.memory_bytes) for d in self.cluster.devices])
+        if len(self.cluster.devices) <= 8:
+            limits = ", ".join(f"{d.name} {format_bytes(d.memory_bytes)}" for d in self.cluster.devices)
+        reason = outcome.reason
+        if guilty:
+            reason = f"these cannot be met together: {', '.join(map(str, guilty))}"
+            reason = reason if len(guilty) > 1 else f"within the devices' memory {guilty[0]} cannot be met"
+        elif built.problem.num_blocks:
+            reason = f"{reason}: {shortage(built.problem)}"
+        text = f"{self.graph.name or 'the model'}: {reason} ({limits}; batch {self.batch}, {self.optimizer})"
+        return InfeasibleError(text, remedies(self, guilty))
 
     # -- what remedies ask
 
@@ -395,23 +480,67 @@ class _Planner:
         other.cluster = cluster or self.cluster
         other.batch = batch or self.batch
         other.optimizer = optimizer or self.optimizer
-        if constraints is not None:
-            other.constraints = constraints
+        other.constraints = self.constraints if constraints is None else constraints
+        names = [d.name for d in self.cluster.devices]
+        same = names == [d.name for d in other.cluster.devices] and other.batch == self.batch
+        if constraints is not None or not same:
+            other.quick = ()
             other.resolved = other._resolve()
+        elif cluster is not None or optimizer:
+            other.quick = self._quick()
         return other
+
+    def feasible(self) -> bool:
+        """Whether the closed form knows a plan that fits."""
+        return any(not isinstance(self._closed(built, 1.0)[1], Infeasible) for built in self._quick())
 
     def attempt(self) -> Ranked | None:
         """A plan as simulated, or None; for a large graph the best one of whole modules."""
-        outcome: Outcome
-        if len(self.graph.ops) > QUICK_OPS:
-            built = self._coarse(self.cluster)
-            outcome = stages(built.problem, keep=1, slack=0.02)
-        else:
-            built, outcome, _ = self.search(self.cluster)
-        if isinstance(outcome, Infeasible):
-            return None
-        ranked = self._rank(built, [outcome.best, *outcome.others])
-        return ranked[0] if ranked else None
+        found = self._attempt()
+        return found[1] if found is not None else None
+
+    def _attempt(self) -> tuple[Built, Ranked] | None:
+        """Where simulation finds more memory than the closed form, plans for as much less are looked for."""
+        room, fits_in = 1.0, 0.0
+        for _ in range(ATTEMPTS):
+            found = []
+            for built in self._quick():
+                problem, outcome = self._closed(built, room)
+                if isinstance(outcome, Infeasible):
+                    continue
+                found += [(built, r) for r in self._rank(built, [outcome.best])]
+                need = candidate_bytes(problem, outcome.best)
+                filled = [
+                    n / problem.pools[s.pool].memory_bytes for n, s in zip(need, outcome.best.stages, strict=True)
+                ]
+                fits_in = max(fits_in, room * max(filled) / max(self.overshoot, 1.0))
+            if found:
+                return min(found, key=lambda pair: pair[1].seconds)
+            if not fits_in:
+                break
+            room, fits_in = min(fits_in, 0.98 * room), 0.0
+        return None
+
+    def _closed(self, built: Built, room: float) -> tuple[Problem, Outcome]:
+        """The best plan under the schedule that holds least, with ``room`` of the memory; for the problem it solves."""
+        pools = tuple(
+            replace(p, memory_bytes=room * HEADROOM * self.cluster.device(p.devices[0]).memory_bytes)
+            for p in built.problem.pools
+        )
+        problem = replace(
+            built.problem,
+            pools=pools,
+            schedules=built.problem.schedules[:1],
+            optimizer_factor=float(optimizer_factor(self.optimizer)) if self.train else 0.0,
+        )
+        return problem, stages(problem, anywhere=problem.num_blocks <= IDEALS_BLOCKS, keep=1, slack=0.02)
+
+    def _quick(self) -> tuple[Built, ...]:
+        """What ``attempt`` divides: whole modules, and the finest parts where the graph is small."""
+        if not self.quick:
+            fine = (self._build(self.cluster),) if len(self.graph.ops) <= QUICK_OPS else ()
+            self.quick = (*fine, self._coarse(self.cluster))
+        return self.quick
 
 
 def _floor(problem: Problem) -> float:

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partita.cluster import Cluster, Device
+from partita.cost.affine import Affine
 from partita.cost.blocks import Block
 from partita.cost.memory import optimizer_factor, shares_memory
-from partita.cost.table import CostTable, tensor_bytes
+from partita.cost.surge import parameters_of, tensor_bytes
+from partita.cost.table import CostTable, given_to
 from partita.graph import Graph
 from partita.planners.constraints import Constraints, Resolved
 from partita.planners.problem import Array, Edge, Pool, Problem, Times, Weights
@@ -88,6 +90,9 @@ def build(
     zero = np.zeros((len(pools), n))
     held = np.zeros((n, 2))
     np.add.at(held, owner[split_op], table.saved[split_op])
+    handed, rows_of = _given(table, parts)
+    if not all(pool.shared for pool in pools):
+        saved, held = saved + rows_of, held + rows_of
     whole_saved = np.zeros(n)
     np.add.at(whole_saved, owner[whole_op], table.saved[whole_op, 0] + table.saved[whole_op, 1] * batch)
     single = Times(
@@ -118,12 +123,12 @@ def build(
         single=single,
         split=split,
         edges=_edges(graph, owner, once_op),
-        weights=_weights(graph, owner),
+        weights=(*_weights(graph, owner), *(_whole(handed, batch) if any(pool.shared for pool in pools) else ())),
         microbatches=counts,
         schedules=schedules,
         optimizer_factor=float(optimizer_factor(optimizer)) if train else 0.0,
         train=train,
-        replicas=can_split and constraints.replicas,
+        replicas=can_split and constraints.num_replicas != 1,
         joined=bool(whole_op.any()) and can_split,
         sync=sync,
         latency=link[1],
@@ -135,6 +140,8 @@ def build(
         recompute=tuple(forced) if names else (),
         may_recompute=may if train else (),
         max_stages=constraints.max_stages,
+        num_stages=constraints.stages,
+        num_replicas=constraints.num_replicas,
     )
     return Built(problem, tuple(parts), units)
 
@@ -212,12 +219,15 @@ def _activations(
                     producer = graph.producer(name)
                     if tensor.role in ("op", "input") and (producer is None or producer < span.start):
                         entering[tensor.base or name] = None
+        largest = 0.0  # weights of one op: their new gradient is there beside the sum of earlier ones
         for i in block.ops:
             for out in graph.ops[i].outputs:
                 if out:
                     fixed, per_sample = size(out)
                     if fixed + per_sample * batch > transient[b, 0] + transient[b, 1] * batch:
                         transient[b] = (fixed, per_sample)
+            largest = max(largest, sum(nbytes for _, nbytes, trains in parameters_of(graph, (i,)) if trains))
+        transient[b, 0] += largest
         for name in entering:
             kept[b] += size(name)
     return saved, kept, transient
@@ -255,6 +265,27 @@ def _weights(graph: Graph, owner: Indices) -> tuple[Weights, ...]:
         old = merged.get(key, (0.0, 0.0))
         merged[key] = (old[0] + size, old[1] + trained)
     return tuple(Weights(key, *value) for key, value in merged.items())
+
+
+def _given(table: CostTable, parts: Sequence[Block]) -> tuple[dict[str, tuple[Affine, set[int]]], Array]:
+    """What the caller holds for the whole batch with the blocks that use it; per block, rows its backward needs."""
+    users: dict[str, tuple[Affine, set[int]]] = {}
+    rows = np.zeros((len(parts), 2))
+    for b, block in enumerate(parts):
+        found, kept = given_to(table, block.ops)
+        rows[b] = kept.fixed, kept.per_sample
+        for base, size in found:
+            users.setdefault(base, (size, set()))[1].add(b)
+    return users, rows
+
+
+def _whole(handed: Mapping[str, tuple[Affine, set[int]]], batch: int) -> tuple[Weights, ...]:
+    """Where devices share the caller's memory, a stage holds all of what its blocks use, like a parameter."""
+    merged: dict[tuple[int, ...], float] = {}
+    for size, users in handed.values():
+        key = tuple(sorted(users))
+        merged[key] = merged.get(key, 0.0) + size.at(batch)
+    return tuple(Weights(key, nbytes, 0.0, given=True) for key, nbytes in merged.items())
 
 
 def _plain(module: str) -> tuple[str, ...]:

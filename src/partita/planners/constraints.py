@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from partita.cluster import Cluster
 from partita.errors import PlanError, UsageError
@@ -19,8 +22,9 @@ class Constraints:
     """``keep_together``: each entry's modules in one stage (a lone glob: each module it names on its own).
 
     ``split_before``: a stage begins there. ``place``: (glob, device). ``recompute``: activations dropped and made
-    again. ``max_stages``, ``microbatches``: 0 leaves them open. ``schedule``: empty leaves it open. ``replicas``: False
-    forbids several devices for one stage.
+    again. ``max_stages``, ``stages`` (exactly so many), ``microbatches``: 0 leaves them open. ``schedule``: empty
+    leaves it open. ``replicas``: devices of each stage; True leaves them open, False or 1 is one device a stage.
+    ``tensor``: devices that divide each single op between them; they count as one device for all else.
     """
 
     keep_together: tuple[tuple[str, ...], ...] = ()
@@ -28,9 +32,16 @@ class Constraints:
     place: tuple[tuple[str, str], ...] = ()
     recompute: tuple[str, ...] = ()
     max_stages: int = 0
+    stages: int = 0
     microbatches: int = 0
     schedule: str = ""
-    replicas: bool = True
+    replicas: bool | int = True
+    tensor: int = 1
+
+    @property
+    def num_replicas(self) -> int:
+        """Devices of every stage; 0 where that is open."""
+        return 0 if self.replicas is True else max(int(self.replicas), 1)
 
     @staticmethod
     def read(value: Constraints | Mapping[str, Any] | None) -> Constraints:
@@ -39,44 +50,102 @@ class Constraints:
             return Constraints()
         if isinstance(value, Constraints):
             return value
-        known = {f.name for f in fields(Constraints)}
-        problems = []
-        for key in value:
-            if key not in known:
-                near = get_close_matches(key, known, n=1)
+        if not isinstance(value, Mapping):
+            raise UsageError(f"constraints must be a mapping such as {{'max_stages': 2}}; got {value!r}")
+        problems, made = [], {}
+        for key, written in value.items():
+            if key not in READERS:
+                near = get_close_matches(str(key), READERS, n=1)
                 problems.append(f"{key!r} is no constraint{f'; did you mean {near[0]!r}?' if near else ''}")
-        try:
-            together = tuple(
-                (entry,) if isinstance(entry, str) else tuple(map(str, entry))
-                for entry in _several(value.get("keep_together"))
-            )
-            place = value.get("place") or {}
-            pairs = place.items() if isinstance(place, Mapping) else place
-            made = Constraints(
-                together,
-                tuple(map(str, _several(value.get("split_before")))),
-                tuple((str(a), str(b)) for a, b in pairs),
-                tuple(map(str, _several(value.get("recompute")))),
-                int(value.get("max_stages") or 0),
-                int(value.get("microbatches") or 0),
-                str(value.get("schedule") or ""),
-                bool(value.get("replicas", True)),
-            )
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"constraints cannot be read: {error}") from error
-        if made.schedule and made.schedule not in NAMES:
-            problems.append(f"schedule {made.schedule!r} is not known; take one of {', '.join(NAMES)}")
-        if made.max_stages < 0 or made.microbatches < 0:
-            problems.append("max_stages and microbatches must be 1 or more (0 leaves them open)")
+            elif written is not None:
+                try:
+                    made[key] = READERS[key](written)
+                except (TypeError, ValueError) as error:
+                    problems.append(f"{key} cannot be read: {error}")
         if problems:
             raise UsageError("constraints: " + "; ".join(problems))
-        return made
+        return Constraints(**made)
+
+    @staticmethod
+    def parse(words: Sequence[str], path: str = "") -> Constraints:
+        """From a terminal: ``max_stages=2``, ``place={blocks.0: cpu:1}``; lists and mappings under one name add up.
+
+        ``path``: a YAML file of the same names, to which the words add. Raises UsageError.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8") if path else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"constraints file {path!r} cannot be read: {error}") from error
+        written = _yaml(text, path) or {}
+        if not isinstance(written, dict):
+            raise UsageError(f"constraints file {path!r} must be a mapping such as 'max_stages: 2'")
+        for word in words:
+            name, _, text = (part.strip() for part in word.partition("="))
+            value = _yaml(text, word)
+            if value is None:
+                raise UsageError(f"constraint {word!r} has no value; write NAME=VALUE, such as max_stages=2")
+            written[name] = _added(written.get(name), value)
+        return Constraints.read(written)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"constraints: {where!r} is no YAML: {error}") from error
+
+
+def _added(before: Any, value: Any) -> Any:
+    """Both together, where they are lists, names or mappings; else the later one."""
+    if isinstance(before, dict) and isinstance(value, dict):
+        return {**before, **value}
+    if isinstance(before, str | list) and isinstance(value, str | list):
+        return [*_several(before), *_several(value)]
+    return value
 
 
 def _several(value: Any) -> Sequence[Any]:
-    if value is None:
-        return ()
+    if isinstance(value, Mapping):
+        raise ValueError(f"a list of names is needed, not {value!r}")
     return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, _several(value)))
+
+
+def _groups(value: Any) -> tuple[tuple[str, ...], ...]:
+    return tuple((entry,) if isinstance(entry, str) else _names(entry) for entry in _several(value))
+
+
+def _pairs(value: Any) -> tuple[tuple[str, str], ...]:
+    pairs = value.items() if isinstance(value, Mapping) else value
+    return tuple((str(name), str(device)) for name, device in pairs)
+
+
+def _count(value: Any) -> int:
+    count = int(value)
+    if count < 0 or isinstance(value, bool) or count != float(value):
+        raise ValueError(f"{value!r} must be a whole number, 1 or more (0 leaves it open)")
+    return count
+
+
+def _degree(value: Any) -> bool | int:
+    return value if isinstance(value, bool) else _count(value) or True
+
+
+def _schedule(value: Any) -> str:
+    if value and value not in NAMES:
+        raise ValueError(f"schedule {value!r} is not known; take one of {', '.join(NAMES)}")
+    return str(value)
+
+
+READERS: Mapping[str, Callable[[Any], Any]] = {
+    "keep_together": _groups, "split_before": _names, "place": _pairs, "recompute": _names, "max_stages": _count,
+    "stages": _count, "microbatches": _count, "schedule": _schedule, "replicas": _degree,
+    "tensor": lambda value: _count(value) or 1,
+}  # fmt: skip
+"""How each constraint is read from plain data: strings, numbers, lists, mappings."""
 
 
 def enclosing(op: Op) -> tuple[str, ...]:
@@ -154,18 +223,41 @@ def resolve(graph: Graph, cluster: Cluster, constraints: Constraints) -> Resolve
         if len(where) > 1:
             (a, x), (b, y), *_ = where.items()
             problems.append(f"keep_together {group!r} contradicts place {x!r} on {a} and place {y!r} on {b}")
-    needed = len({s for _, s in starts if s}) + 1
-    if constraints.max_stages and needed > constraints.max_stages:
-        problems.append(
-            f"max_stages {constraints.max_stages} and {needed - 1} split points contradict: they make {needed} stages"
-        )
-    if needed > len(cluster.devices):
-        problems.append(f"split_before makes {needed} stages, but there are {len(cluster.devices)} devices")
-    if len({d for _, d in place.values()}) > (constraints.max_stages or len(cluster.devices)):
-        problems.append(f"place uses more devices than max_stages {constraints.max_stages} allows")
+    problems += _degrees(constraints, len({s for _, s in starts if s}) + 1, len(cluster.devices))
+    used, most = len({d for _, d in place.values()}), _most_stages(constraints, len(cluster.devices))
+    if used > most:
+        problems.append(f"place uses {used} devices, each a stage of its own, but {most} stages are allowed")
     if problems:
         raise PlanError("the constraints cannot be met", tuple(dict.fromkeys(problems)))
     return Resolved(tuple(groups), tuple(starts), tuple((i, d) for i, (_, d) in sorted(place.items())), again)
+
+
+def _most_stages(constraints: Constraints, devices: int) -> int:
+    return min(filter(None, (constraints.max_stages, constraints.stages)), default=devices)
+
+
+def _degrees(constraints: Constraints, needed: int, devices: int) -> list[str]:
+    """What is wrong with numbers of stages, replicas and microbatches. ``needed``: stages that split points make."""
+    lines = []
+    exact, most, replicas = constraints.stages, constraints.max_stages, constraints.num_replicas
+    if most and needed > most:
+        lines.append(f"max_stages {most} and {needed - 1} split points contradict: they make {needed} stages")
+    if exact and needed > exact:
+        lines.append(f"stages {exact} and {needed - 1} split points contradict: they make {needed} stages")
+    if exact and most and exact > most:
+        lines.append(f"stages {exact} and max_stages {most} contradict")
+    if needed > devices:
+        lines.append(f"split_before makes {needed} stages, but there are {devices} devices")
+    wide = max(replicas, 1)
+    if max(exact, 1) * wide > devices:
+        what = f"stages {exact} of {wide} replicas need" if exact and wide > 1 else ""
+        what = what or (f"stages {exact} need" if exact else f"replicas {wide} need")
+        lines.append(f"{what} {max(exact, 1) * wide} devices; there are {devices}")
+    if replicas > 1 and needed > 1 and needed * replicas > devices >= needed:
+        lines.append(f"{needed} stages of {replicas} replicas need {needed * replicas} devices; there are {devices}")
+    if constraints.microbatches and replicas > constraints.microbatches:
+        lines.append(f"replicas {replicas} and microbatches {constraints.microbatches} contradict: one would idle")
+    return lines
 
 
 @dataclass(frozen=True, slots=True)

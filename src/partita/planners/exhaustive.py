@@ -21,7 +21,8 @@ def candidates(problem: Problem, *, anywhere: bool = False) -> Iterator[Candidat
         schedules = problem.schedules if problem.train else problem.schedules[:1]
         for schedule in schedules:
             for stages in _chains(problem, downs, downs[0], whole, tuple(len(p.devices) for p in problem.pools), m):
-                if not problem.max_stages or len(stages) <= problem.max_stages:
+                most = problem.max_stages or len(stages)
+                if len(stages) <= most and problem.num_stages in (0, len(stages)):
                     yield Candidate(stages, m, schedule)
 
 
@@ -39,6 +40,8 @@ def _chains(
             if not allowed_stage(problem, blocks, pool):
                 continue
             for replicas in range(1, (min(count, m) if problem.replicas else min(count, 1)) + 1):
+                if problem.num_replicas not in (0, replicas):
+                    continue
                 left = (*free[:pool], count - replicas, *free[pool + 1 :])
                 for rest in _chains(problem, downs, stop, end, left, m):
                     for again in _subsets(problem, blocks):

@@ -1,23 +1,36 @@
-"""Explain: why a plan is as it is, a line each: cuts and their neighbours, what binds, memory's parts, runners-up."""
+"""Explain: why a plan is as it is, a line each: cuts and their neighbours, what binds, memory's parts, runners-up.
+
+At once what the search has in hand, in closed form; on request (``later_reasons``) neighbours as simulated and what
+more memory, faster links or another device would bring, each planned anew.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
+from partita.cluster import Cluster
 from partita.cost.blocks import Block
 from partita.cost.memory import static_bytes
+from partita.errors import PartitaError
+from partita.plan import Plan
 from partita.planners.build import Built
 from partita.planners.objective import (
     allowed_stage,
     candidate_bytes,
     candidate_seconds,
     received_bytes,
+    stage_bytes,
     stage_time,
     weight_bytes,
 )
 from partita.planners.problem import Candidate, Problem, StageChoice
+from partita.planners.remedies import enlarged
 from partita.units import format_bytes, format_seconds
+
+GIB = 1 << 30
+CUTS_PRICED = 8
 
 
 def describe(problem: Problem, candidate: Candidate) -> str:
@@ -121,6 +134,7 @@ def binding_reasons(built: Built, candidate: Candidate, optimizer: str) -> tuple
     full = max(range(len(shares)), key=shares.__getitem__)
     stage = candidate.stages[full]
     total, trained = weight_bytes(problem, stage.blocks)
+    total -= given_bytes(problem, stage.blocks)
     state = problem.optimizer_factor * trained
     rest = need[full] - total - state - (trained if problem.train else 0.0)
     parts = [("parameters", total)]
@@ -153,3 +167,135 @@ def replica_bytes(problem: Problem, candidate: Candidate, stage: int, optimizer:
     shared = problem.pools[choice.pool].shared
     first = static_bytes(total, trained, optimizer=optimizer, train=problem.train)
     return first, static_bytes(total, trained, optimizer=optimizer, train=problem.train, owner=not shared)
+
+
+def given_bytes(problem: Problem, blocks: Sequence[int]) -> float:
+    """Of ``weight_bytes``, what is no parameter."""
+    return sum(w.nbytes for w in problem.weights if w.given and not set(w.blocks).isdisjoint(blocks))
+
+
+def shortage(problem: Problem) -> str:
+    """What is short, in numbers: parameters, gradients and state against all memory, or what one part needs."""
+    blocks = range(problem.num_blocks)
+    total, trained = weight_bytes(problem, tuple(blocks))
+    total -= given_bytes(problem, tuple(blocks))
+    static = total + ((1.0 + problem.optimizer_factor) * trained if problem.train else 0.0)
+    room = sum(p.memory_bytes * len(p.devices) for p in problem.pools)
+    what = "parameters, gradients and optimizer state" if problem.train else "parameters"
+    if static > room:
+        return f"{what} alone take {format_bytes(static)}, and the devices may hold {format_bytes(room)} together"
+    largest = max(p.memory_bytes for p in problem.pools)
+    alone = [
+        min(
+            stage_bytes(problem, StageChoice((b,), 0), m, "1f1b", devices_after=1, joined=problem.joined and m > 1)
+            for m in problem.microbatches
+        )
+        for b in blocks
+    ]
+    b = max(blocks, key=alone.__getitem__)
+    return (
+        f"{what} take {format_bytes(static)} of the {format_bytes(room)} that the devices may hold together; with its "
+        f"activations the largest part takes {format_bytes(alone[b])} of a device's {format_bytes(largest)}"
+    )
+
+
+class Priced(Protocol):
+    """What simulation says of a candidate. ``over``: a device that would not hold it, with the bytes missing."""
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def over(self) -> tuple[str, float]: ...
+
+
+class Planner(Protocol):
+    """What ``later_reasons`` asks: prices of candidates, and plans for other clusters."""
+
+    cluster: Cluster
+
+    def price(self, built: Built, candidate: Candidate) -> Priced | None: ...
+
+    def slowest_op(self, built: Built, candidate: Candidate, stage: int) -> tuple[str, float]: ...
+
+    def elsewhere(self, cluster: Cluster) -> Plan: ...
+
+
+def later_reasons(planner: Planner, built: Built, candidate: Candidate, seconds: float, gap: float) -> tuple[str, ...]:
+    """Reasons that are simulated or planned anew: a neighbour's seconds are those ``predict`` gives for it."""
+    lines = [*_neighbours(planner, built, candidate, seconds), *_pace(planner, built, candidate, seconds)]
+    cluster = planner.cluster
+    more = replace(cluster, devices=tuple(replace(d, memory_bytes=d.memory_bytes + GIB) for d in cluster.devices))
+    links = tuple(replace(k, bandwidth=2.0 * k.bandwidth) for k in cluster.links)
+    asked = [("1GiB more on every device", more)]
+    if len(cluster.devices) > 1 and links:
+        asked.append(("links twice as fast", replace(cluster, links=links)))
+    if len({d.kind for d in cluster.devices}) == 1:
+        asked.append(
+            (f"{len(cluster.devices) + 1} such devices instead of {len(cluster.devices)}", enlarged(cluster, 1))
+        )
+    for what, other in asked:
+        found = _seconds_of(planner, other)
+        if found is not None:
+            lines.append(f"{what}: {_change(found, seconds)}")
+    least = candidate.seconds / (1.0 + gap)
+    lines.append(
+        f"in closed form this plan takes {format_seconds(candidate.seconds)} and no plan of those searched less than "
+        f"{format_seconds(least)} (gap {gap:.2%})"
+    )
+    return tuple(lines)
+
+
+def _seconds_of(planner: Planner, cluster: Cluster) -> float | None:
+    try:
+        predicted = planner.elsewhere(cluster).predicted
+    except PartitaError:
+        return None
+    return predicted.step_seconds if predicted is not None else None
+
+
+def _change(seconds: float, now: float) -> str:
+    change = seconds / now - 1.0
+    return f"{format_seconds(seconds)} a step ({change:+.1%})" if abs(change) >= 5e-4 else "no faster"
+
+
+def _neighbours(planner: Planner, built: Built, candidate: Candidate, now: float) -> list[str]:
+    """Each cut one part earlier and later, simulated; the first few cuts of a long pipeline."""
+    lines = []
+    for k in range(1, min(len(candidate.stages), CUTS_PRICED + 1)):
+        where = _name(built.blocks[min(candidate.stages[k].blocks)])
+        found = []
+        for word, by in (("earlier", -1), ("later", 1)):
+            moved = _shift(candidate, k, by)
+            if moved is None or not all(allowed_stage(built.problem, s.blocks, s.pool) for s in moved.stages):
+                continue
+            priced = planner.price(built, moved)
+            if priced is not None:
+                device, short = priced.over
+                text = f"{format_seconds(priced.seconds)} a step ({priced.seconds / now - 1:+.1%})"
+                found.append(f"{word} {text}" + (f", {format_bytes(short)} too much for {device}" if device else ""))
+        if found:
+            lines.append(f"simulated, the cut before {where} one part {'; one part '.join(found)}")
+    return lines
+
+
+def _pace(planner: Planner, built: Built, candidate: Candidate, now: float) -> list[str]:
+    """The op that weighs most where the pace is set, and the link that carries most."""
+    problem, m = built.problem, candidate.microbatches
+    if any(s.pool < 0 for s in candidate.stages):
+        return []
+    times = [stage_time(problem, s, m) for s in candidate.stages]
+    busy = [t.microbatches * (t.forward + t.backward + t.weight) + t.whole for t in times]
+    slow = max(range(len(busy)), key=busy.__getitem__)
+    name, part = planner.slowest_op(built, candidate, slow)
+    lines = [f"the heaviest op where the pace is set (stage {slow}) is {name}: {part:.0%} of that stage's computing"]
+    both = 2 if problem.train else 1
+    carried = [both * m * received_bytes(problem, s.blocks, problem.samples(m)) for s in candidate.stages]
+    most = max(range(len(carried)), key=carried.__getitem__)
+    if carried[most]:
+        waits = carried[most] * problem.seconds_per_byte + both * m * problem.latency
+        lines.append(
+            f"the busiest link leads into stage {most}: {format_bytes(carried[most])} a step, {format_seconds(waits)} "
+            f"at the slowest link's speed ({waits / now:.1%} of the step)"
+        )
+    return lines

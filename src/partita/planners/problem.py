@@ -39,11 +39,14 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Parameters and buffers that exactly these blocks take; ``trained``: the bytes that get gradients."""
+    """Parameters and buffers that exactly these blocks take; ``trained``: the bytes that get gradients. ``given``: not
+    parameters but the whole batch of inputs and noise, where the device shares the caller's memory.
+    """
 
     blocks: tuple[int, ...]
     nbytes: float
     trained: float
+    given: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +72,7 @@ class Problem:
 
     ``breaks``: a stage begins at these blocks. ``pools_of``: pools a block may use (absent: any). ``recompute``: blocks
     that must be; ``may_recompute``: blocks that can be.
+    ``num_stages``, ``num_replicas``: exactly so many (0: open).
     ``sync``: a single stage with as many replicas as microbatches runs whole-batch ops in step: nothing is joined.
     """
 
@@ -94,6 +98,8 @@ class Problem:
     recompute: tuple[int, ...] = ()
     may_recompute: tuple[int, ...] = ()
     max_stages: int = 0
+    num_stages: int = 0
+    num_replicas: int = 0
 
     @property
     def num_blocks(self) -> int:

@@ -1,15 +1,21 @@
-"""Remedies: the nearest requests that do work, each found by planning it again."""
+"""Remedies: why nothing fits, and the nearest requests that do work, each found by planning it again."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 from partita.cluster import Cluster
-from partita.errors import PartitaError
+from partita.errors import PartitaError, Remedy
+from partita.planners.build import HEADROOM
+from partita.planners.conflicts import Atom, atoms, joined, largest_agreement, smallest_conflict
 from partita.planners.constraints import Constraints
-from partita.planners.problem import Problem
 from partita.units import format_bytes, format_seconds
+
+PRECISION = 1.03  # of the smallest memory named
+WORTHWHILE = 1.05  # less memory by so much is worth another try
+AMPLE = 2.0**24  # times what there is
 
 
 class Result(Protocol):
@@ -23,7 +29,7 @@ class Result(Protocol):
 
 
 class Request(Protocol):
-    """A request that can be changed and tried."""
+    """A request that can be changed and tried. ``feasible``: in closed form; ``attempt``: simulated too."""
 
     cluster: Cluster
     batch: int
@@ -40,26 +46,87 @@ class Request(Protocol):
         constraints: Constraints | None = None,
     ) -> Request: ...
 
+    def feasible(self) -> bool: ...
+
     def attempt(self) -> Result | None: ...
 
 
-def remedies(request: Request, problem: Problem) -> tuple[str, ...]:
-    """Lines to offer: drop a constraint, more memory, more devices, a smaller batch, an optimizer with less state."""
-    lines: list[str] = []
-    lines += _constraints(request)
-    lines += _memory(request)
-    lines += _devices(request)
-    lines += _batch(request)
-    if request.train and problem.optimizer_factor > 0:
-        found = _try(request.again(optimizer="sgd"))
-        if found is not None:
-            lines.append(f"optimizer 'sgd' instead of {request.optimizer!r} fits: {_numbers(found)}")
-    return tuple(lines) or ("no change of one thing alone makes it fit: use more or larger devices",)
+def remedies(request: Request, guilty: tuple[Atom, ...] = ()) -> tuple[Remedy, ...]:
+    """What to offer: a constraint of the conflict dropped or loosened, more memory, more devices, a smaller batch, an
+    optimizer with less state.
+    """
+    found = loosened(request, guilty)
+    if guilty and not _feasible(request, cluster=_scaled(request.cluster, AMPLE)):
+        return (*found, *_devices(request))
+    found += [*_memory(request), *_devices(request), *_batch(request)]
+    if request.train and request.optimizer not in ("none", "sgd"):
+        sgd = _try(request, optimizer="sgd")
+        if sgd is not None:
+            text = f"optimizer 'sgd' instead of {request.optimizer!r} fits: {_numbers(sgd)}"
+            found.append(Remedy(text, {"optimizer": "sgd"}))
+    return tuple(found)
 
 
-def _try(request: Request) -> Result | None:
+def conflict(request: Request) -> tuple[Atom, ...]:
+    """The smallest set of the request's constraints that cannot be met; () where they are not what is wrong."""
+    parts = atoms(request.constraints)
+    return smallest_conflict(parts, lambda c: _works(request, c)) if parts else ()
+
+
+def loosened(request: Request, guilty: tuple[Atom, ...]) -> list[Remedy]:
+    """The request with one constraint of the conflict changed or dropped; where several conflicts overlap, with as many
+    kept as can be.
+    """
+    parts = atoms(request.constraints)
+    found: list[Remedy] = []
+    for atom in guilty:
+        others = [a for a in parts if a != atom]
+        for value in _nearest(atom, request):
+            near = joined([*others, replace(atom, value=value)])
+            result = _try(request, constraints=near)
+            if result is not None:
+                text = f"{replace(atom, value=value)} instead of {atom.value} works: {_numbers(result)}"
+                found.append(Remedy(text, {"constraints": near}))
+                break
+        result = _try(request, constraints=joined(others))
+        if result is not None:
+            text = f"without the constraint {atom} it works: {_numbers(result)}"
+            found.append(Remedy(text, {"constraints": joined(others)}))
+    if guilty and not found:
+        kept = largest_agreement(parts, lambda c: _works(request, c))
+        result = _try(request, constraints=joined(kept))
+        if result is not None:
+            text = f"without {', '.join(str(a) for a in parts if a not in kept)} it works: {_numbers(result)}"
+            found.append(Remedy(text, {"constraints": joined(kept)}))
+    return found
+
+
+def _nearest(atom: Atom, request: Request) -> Iterator[int]:
+    """Other values of a number, nearest first."""
+    value, devices = atom.value, len(request.cluster.devices)
+    if isinstance(value, bool) or not isinstance(value, int):
+        return
+    if atom.field == "microbatches":
+        near = {v for v in (value // 2, value // 4, 2 * value, 4 * value, request.batch) if 0 < v <= request.batch}
+    else:
+        near = {v for v in (value - 1, value + 1, value + 2, devices) if 0 < v <= devices}
+    yield from sorted(near - {value}, key=lambda v: (abs(v - value), v))
+
+
+def _works(request: Request, constraints: Constraints) -> bool:
+    return _try(request, constraints=constraints) is not None
+
+
+def _feasible(request: Request, **changed: Any) -> bool:
     try:
-        return request.attempt()
+        return request.again(**changed).feasible()
+    except PartitaError:
+        return False
+
+
+def _try(request: Request, **changed: Any) -> Result | None:
+    try:
+        return request.again(**changed).attempt()
     except PartitaError:
         return None
 
@@ -76,70 +143,82 @@ def _scaled(cluster: Cluster, factor: float) -> Cluster:
     )
 
 
-def _memory(request: Request) -> list[str]:
+def _memory(request: Request) -> list[Remedy]:
     """The smallest common factor on all devices' memory that works, to 3 %."""
-    low, high, best = 1.0, 2.0, None
-    while high <= 2.0**24:
-        best = _try(request.again(cluster=_scaled(request.cluster, high)))
-        if best is not None:
-            break
+
+    def enough(factor: float) -> bool:
+        return _feasible(request, cluster=_scaled(request.cluster, factor))
+
+    low, high = 1.0, 2.0
+    while not enough(high):
         low, high = high, high * 4
-    if best is None:
-        return []
-    while high / low > 1.03:
+        if high > AMPLE:
+            return []
+    while high / low > PRECISION:
         middle = (low * high) ** 0.5
-        found = _try(request.again(cluster=_scaled(request.cluster, middle)))
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    for factor in (high, high * 1.05, high * 1.15, high * 1.5, high * 2):
+        found = _try(request, cluster=_scaled(request.cluster, factor))
         if found is not None:
-            high, best = middle, found
-        else:
-            low = middle
-    limit = {d.name: d.memory_bytes for d in request.cluster.devices}
-    device, need = max(best.memory, key=lambda pair: pair[1] / max(limit[pair[0]], 1))
-    rounded = max(need, int(limit[device] * high))
-    return [
-        f"smallest memory that works: {format_bytes(rounded)} on {device} ({high:.2f}x on every device), "
-        f"{format_seconds(best.seconds)} a step"
-    ]
+            factor, found = _tightened(request, factor, found)
+            larger = _scaled(request.cluster, factor)
+            limit = {d.name: d.memory_bytes for d in larger.devices}
+            device, _ = max(found.memory, key=lambda pair: pair[1] / max(limit[pair[0]], 1))
+            text = (
+                f"smallest memory that works: {format_bytes(limit[device])} on {device} ({factor:.2f}x on every "
+                f"device), {format_seconds(found.seconds)} a step"
+            )
+            return [Remedy(text, {"cluster": larger})]
+    return []
 
 
-def _devices(request: Request) -> list[str]:
+def _tightened(request: Request, factor: float, found: Result) -> tuple[float, Result]:
+    """A smaller factor, where what was found leaves room."""
+    for _ in range(3):
+        limit = {d.name: factor * d.memory_bytes for d in request.cluster.devices}
+        less = factor * max(need / (HEADROOM * limit[device]) for device, need in found.memory) * 1.002
+        if less * WORTHWHILE > factor:
+            break
+        tighter = _try(request, cluster=_scaled(request.cluster, less))
+        if tighter is None:
+            break
+        factor, found = less, tighter
+    return factor, found
+
+
+def enlarged(cluster: Cluster, by: int) -> Cluster:
+    """With ``by`` devices more, like the last."""
+    last, count = cluster.devices[-1], len(cluster.devices)
+    kind = last.name.partition(":")[0]
+    extra = tuple(replace(last, name=f"{kind}:{count + k}") for k in range(by))
+    return replace(cluster, devices=(*cluster.devices, *extra))
+
+
+def _devices(request: Request) -> list[Remedy]:
     devices = request.cluster.devices
     if len({d.kind for d in devices}) != 1:
         return []
     for count in (len(devices) + 1, 2 * len(devices), 4 * len(devices)):
-        extra = tuple(
-            replace(devices[-1], name=f"{devices[-1].name.partition(':')[0]}:{len(devices) + k}")
-            for k in range(count - len(devices))
-        )
-        found = _try(request.again(cluster=replace(request.cluster, devices=(*devices, *extra))))
+        more = enlarged(request.cluster, count - len(devices))
+        found = _try(request, cluster=more) if _feasible(request, cluster=more) else None
         if found is not None:
-            return [f"{count} such devices instead of {len(devices)} work: {_numbers(found)}"]
+            text = f"{count} such devices instead of {len(devices)} work: {_numbers(found)}"
+            return [Remedy(text, {"cluster": more})]
     return []
 
 
-def _batch(request: Request) -> list[str]:
-    size = request.batch // 2
-    while size >= 1:
-        found = _try(request.again(batch=size))
+def _batch(request: Request) -> list[Remedy]:
+    """The largest batch that fits, of the halves, quarters and so on."""
+    sizes = [request.batch >> k for k in range(1, request.batch.bit_length())]
+    if not sizes or not _feasible(request, batch=sizes[-1]):
+        return []
+    low, high = 0, len(sizes) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _feasible(request, batch=sizes[middle]) else (middle + 1, high)
+    for size in sizes[high:]:
+        found = _try(request, batch=size)
         if found is not None:
-            return [f"a batch of {size} instead of {request.batch} fits: {_numbers(found)}"]
-        size //= 2
+            text = f"a batch of {size} instead of {request.batch} fits: {_numbers(found)}"
+            return [Remedy(text, {"batch": size})]
     return []
-
-
-def _constraints(request: Request) -> list[str]:
-    """Constraints any one of which, left out, makes it work."""
-    lines = []
-    for item in fields(Constraints):
-        value = getattr(request.constraints, item.name)
-        if value == item.default:
-            continue
-        dropped: dict[str, Any] = {item.name: item.default}
-        try:
-            other = request.again(constraints=replace(request.constraints, **dropped))
-        except PartitaError:
-            continue
-        found = _try(other)
-        if found is not None:
-            lines.append(f"without the constraint {item.name} it works: {_numbers(found)}")
-    return lines

@@ -66,13 +66,15 @@ def stages(
             at = sized(problem, s, m, synced=synced)
             for schedule in schedules:
                 search = _Search(problem, s, at, m, schedule, synced)
-                exact = exact and search.exact
                 limit = ceiling if keep <= 1 else ceiling * NEARBY
                 candidate = search.best(limit, slack)
+                exact = exact and search.exact
                 bound = min(bound, search.bound)
                 if candidate is not None and not any(_same(candidate, c) for c in found):
                     found.append(candidate)
                     ceiling = min(ceiling, candidate.seconds)
+                if candidate is None and schedule == "1f1b" and limit == search.bound == np.inf:
+                    break  # no schedule holds fewer microbatches: nothing fits under the others either
     found.sort(key=lambda c: (c.seconds, len(c.stages), c.microbatches))
     if not found:
         return Infeasible("no division of the model fits the devices' memory and the constraints")
@@ -112,6 +114,8 @@ class _Search:
             else:
                 choices = range(1, most + 1)
             for replicas in choices:
+                if self.problem.num_replicas not in (0, replicas):
+                    continue
                 yield self.move(pool, replicas, total), (*used[:pool], count - replicas, *used[pool + 1 :])
 
     def move(self, pool: int, replicas: int, reach: int) -> _Move:
@@ -213,7 +217,9 @@ class _Search:
     # -- the dynamic programme
 
     def _layers(self) -> int:
-        limit = self.problem.max_stages
+        limit, exactly = self.problem.max_stages, self.problem.num_stages
+        if exactly:
+            return exactly
         return limit if 0 < limit < sum(self.counts) else 0
 
     def _states(self) -> list[Used]:
@@ -223,6 +229,9 @@ class _Search:
     def run(self, cap: float, *, minimax: bool = False) -> tuple[float, list[tuple[_Move, int, int]]]:
         """Least sum of fills (or least maximum of steadies) with no steady above ``cap``; its stages as
         (move, from ideal, to ideal)."""
+        limit, exactly = self.problem.max_stages, self.problem.num_stages
+        if 0 < limit < exactly:
+            return np.inf, []
         layers = self._layers()
         depth = layers if layers else 1
         size = len(self.s.ideals)
@@ -257,7 +266,11 @@ class _Search:
                         options.append((move, key))
                 value[used, layer] = here
                 back[used, layer] = (which, target, options)
-        finals = [(float(v[self.start]), key) for key, v in value.items() if np.isfinite(v[self.start])]
+        finals = [
+            (float(v[self.start]), key)
+            for key, v in value.items()
+            if np.isfinite(v[self.start]) and exactly in (0, key[1])
+        ]
         if not finals or self.end == self.start:
             return np.inf, []
         best, key = min(finals, key=lambda f: (f[0], sum(f[1][0])))

@@ -1,0 +1,140 @@
+"""The planner against trying every plan: ``python -m benchmarks.planner.agreement [--problems 2000] [--seed 0]``.
+
+Joint problems drawn by hypothesis: up to five blocks in a chain or graph on up to four devices of one or two kinds;
+stages, replicas, microbatches, schedule and recomputation are chosen together under each device's memory, with links
+from free to slow, parts that need the whole batch, weights that blocks share, and constraints. An answer called optimal
+must be as fast as the fastest of all plans; one with a gap must be no further from it than its gap; infeasible must
+mean that no plan fits. Prints the counts; exits 1 at a disagreement, with the problem shrunk to a small one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from math import isclose, prod
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from partita.planners.exhaustive import exhaustive
+from partita.planners.objective import candidate_seconds
+from partita.planners.problem import Edge, Infeasible, Optimal, Pool, Problem, Times, Weights
+from partita.planners.stages import check_candidate, stages
+
+ROUNDING = 1e-9
+
+
+@st.composite
+def problems(draw: st.DrawFn, *, dag: bool) -> Problem:
+    """A joint problem small enough to try every plan of."""
+    n = draw(st.integers(1, 4 if dag else 5))
+    num_pools = draw(st.integers(1, 2))
+    counts = [draw(st.integers(1, 3 if num_pools == 1 else 2)) for _ in range(num_pools)]
+    number = st.integers(0, 9)
+
+    def rows(*shape: int) -> np.ndarray:
+        size = prod(shape)
+        return np.array(draw(st.lists(number, min_size=size, max_size=size)), dtype=float).reshape(shape)
+
+    saved = rows(n, 2)
+    joined = draw(st.booleans())
+    split = Times(
+        rows(num_pools, n, 2) + 0.5, rows(num_pools, n, 2), rows(num_pools, n, 2),
+        rows(num_pools, n) if joined else np.zeros((num_pools, n)), saved, np.minimum(rows(n, 2), saved), rows(n, 2),
+        rows(n) * joined,
+    )  # fmt: skip
+    single = replace(split, whole=np.zeros((num_pools, n)), whole_saved=np.zeros(n))
+    if dag:
+        pairs = draw(st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)), max_size=6))
+        links = [(min(p), max(p)) for p in pairs if p[0] != p[1]]
+    else:
+        links = [(i, i + 1) for i in range(n - 1)]
+    edges = [Edge(a, (b,), float(draw(number)), float(draw(number))) for a, b in links]
+    if n > 2 and draw(st.booleans()):
+        edges.append(Edge(0, (1, n - 1), 1.0, float(draw(number))))
+    sizes = [float(draw(st.integers(0, 40))) for _ in range(n)]
+    weights = [Weights((i,), size, size) for i, size in enumerate(sizes)]
+    if draw(st.booleans()):
+        weights.append(Weights((0, n - 1), 20.0, draw(st.sampled_from([0.0, 20.0]))))
+    memory = st.one_of(st.just(1e9), st.integers(60, 900).map(float))
+    pools = tuple(
+        Pool(f"p{i}", tuple(f"p{i}:{k}" for k in range(c)), draw(memory), draw(st.booleans()))
+        for i, c in enumerate(counts)
+    )
+    return Problem(
+        batch=8, pools=pools, single=single, split=split, edges=tuple(edges), weights=tuple(weights),
+        microbatches=draw(st.sampled_from([(1,), (1, 4), (2, 3), (1, 2, 8)])),
+        schedules=draw(st.sampled_from([("1f1b",), ("1f1b", "zero_bubble", "gpipe"), ("gpipe", "zero_bubble")])),
+        optimizer_factor=float(draw(st.integers(0, 2))), train=draw(st.integers(0, 4)) > 0,
+        replicas=draw(st.booleans()),
+        joined=joined, sync=draw(st.booleans()), latency=draw(st.sampled_from([0.0, 3.0])),
+        seconds_per_byte=draw(st.sampled_from([0.0, 0.1, 1.0])), reduce_seconds_per_byte=0.05,
+        may_recompute=tuple(range(n)) if draw(st.booleans()) else (),
+        recompute=draw(st.sampled_from([(), (), (0,)])),
+        together=draw(st.sampled_from([(), (), ((0, n - 1),)])),
+        breaks=(n - 1,) if n > 1 and draw(st.integers(0, 3)) == 0 else (),
+        pools_of=((0, (0,)),) if draw(st.integers(0, 3)) == 0 else (),
+        max_stages=draw(st.sampled_from([0, 0, 0, 1, 2])), num_stages=draw(st.sampled_from([0, 0, 0, 0, 2])),
+        num_replicas=draw(st.sampled_from([0, 0, 0, 0, 2])),
+    )  # fmt: skip
+
+
+def verdict(problem: Problem, *, anywhere: bool, slack: float) -> str:
+    """'optimal', 'gap' or 'infeasible' where the two agree. Raises AssertionError where they do not."""
+    mine, oracle = stages(problem, anywhere=anywhere, slack=slack), exhaustive(problem, anywhere=anywhere)
+    if isinstance(mine, Infeasible) or isinstance(oracle, Infeasible):
+        assert type(mine) is type(oracle), f"planner {mine}, every plan {oracle}"
+        return "infeasible"
+    assert check_candidate(problem, mine.best), f"{mine.best} does not fit"
+    quoted, best = mine.best.seconds, oracle.best.seconds
+    assert isclose(quoted, candidate_seconds(problem, mine.best), rel_tol=ROUNDING)
+    gap = 0.0 if isinstance(mine, Optimal) else mine.gap
+    assert best * (1 - ROUNDING) <= quoted <= best * (1 + gap) * (1 + ROUNDING), f"{quoted} quoted, {best} found: {gap}"
+    return "optimal" if isclose(quoted, best, rel_tol=ROUNDING) else "gap"
+
+
+def compare(count: int, number: int = 0, *, shrink: bool = True) -> Counter[str]:
+    """``count`` problems judged. Raises AssertionError at the first disagreement, with the problem made small."""
+    found: Counter[str] = Counter()
+
+    @seed(number)
+    @settings(
+        max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False, phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
+    )  # fmt: skip
+    @given(
+        st.booleans().flatmap(lambda dag: st.tuples(st.just(dag), problems(dag=dag))), st.sampled_from([0, 0.02, 0.3])
+    )
+    def judge(drawn: tuple[bool, Problem], slack: float) -> None:
+        dag, problem = drawn
+        found[verdict(problem, anywhere=dag, slack=slack)] += 1
+
+    judge()
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.planner.agreement", description=__doc__)
+    parser.add_argument("--problems", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args(argv)
+    began = time.perf_counter()
+    try:
+        found = compare(asked.problems, asked.seed)
+    except AssertionError as error:
+        print(f"DISAGREEMENT: {error}", *getattr(error, "__notes__", ()), sep="\n")
+        return 1
+    print(
+        f"{sum(found.values())} problems, none in disagreement: {found['optimal']} answers are the optimum, "
+        f"{found['gap']} are within their gap of it, {found['infeasible']} have no plan "
+        f"({time.perf_counter() - began:.0f} s)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Plans stay within the memory they were made for when they run: predicted peaks against measured ones."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from places import zoo_dir
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from partita.capture import capture
+from partita.measure import local_cluster
+from partita.planners.auto import auto
+from partita.predict import predict
+from partita.runtime.memory import measure_memory
+from partita.runtime.module import ParallelModule
+from partita.sharding.batch import layouts
+
+
+class Residual(nn.Module):
+    """Branches beside a stream that lives through all of them, dropout, and one weight used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(48, 48), nn.GELU(), nn.Dropout(0.1)) for _ in range(6))
+        self.twice = nn.Linear(48, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.twice(self.twice(x).tanh())
+
+
+class Pooled(nn.Module):
+    """Convolutions and a pooling that remembers positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x).flatten(1)
+
+
+def square(y: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return y.square().mean()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zero_bubble"])
+@pytest.mark.parametrize(("model", "x"), [(Residual, (16, 12, 48)), (Pooled, (16, 3, 20, 20))])
+def test_the_predicted_peak_is_measured_within_a_few_per_cent(model: type, x: tuple[int, ...], schedule: str) -> None:
+    net, example, where = model(), torch.randn(x), local_cluster(["cpu", "cpu"])
+    graph = capture(net, (example,), {}).graph
+    limits = {"replicas": False, "microbatches": 4, "schedule": schedule, "stages": 2}
+    plan = auto(graph, layouts(graph), where, optimizer="none", constraints=limits)
+    expected = dict(predict(graph, plan, where, optimizer="none").memory)
+    parallel = ParallelModule(net, replace(plan, predicted=None), where, loss_fn=square)
+    try:
+        found = measure_memory(parallel, (example, torch.zeros(())))
+    finally:
+        parallel.close()
+    for device, need in expected.items():
+        assert 0.7 * need <= found[device] <= 1.05 * need, (device, expected, found)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["hm_cnn3", "hm_lstm_lm", "hm_shared_module", "gpt2"])
+def test_models_of_the_zoo_stay_within_five_limits(name: str) -> None:
+    from benchmarks.planner.memory_limits import rows_of
+    from benchmarks.same_numbers.run import entries
+
+    assert zoo_dir().is_dir()
+    rows = list(rows_of(name, entries()[name].build))
+    assert len({row.limit for row in rows}) == 5
+    assert [row for row in rows if row.measured > row.limit] == []
