@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Protocol
 
 from partita.assign import assign, covers
+from partita.check_tensor import tensor_problems
 from partita.cluster import Cluster
 from partita.errors import PlanError
 from partita.graph import Graph, Op
@@ -65,6 +66,7 @@ def check(
         problems += _in_place(graph, stage_of)
         problems += _recompute(plan, graph, stage_of)
         problems += _empty(plan, graph, stage_of, bool(names))
+        problems += tensor_problems(plan, graph, stage_of)
     problems += _memory(cluster, memory or {})
     return tuple(dict.fromkeys(problems))
 
@@ -142,11 +144,11 @@ def _devices(plan: Plan, cluster: Cluster) -> list[str]:
                 problems.append(f"stage {s} runs on {device!r}, which is no device here; there are {shown}")
             if stage.devices.count(device) > 1:
                 problems.append(f"stage {s} lists {device!r} more than once; replicas need different devices")
-        if len(stage.devices) > plan.batch.microbatches >= 1:
+        if len(stage.groups) > plan.batch.microbatches >= 1:
             problems.append(
-                f"stage {s} has {len(stage.devices)} replicas but the plan only {plan.batch.microbatches} "
+                f"stage {s} has {len(stage.groups)} replicas but the plan only {plan.batch.microbatches} "
                 f"microbatch{'es' if plan.batch.microbatches != 1 else ''}: some would idle; set microbatches to "
-                f"{len(stage.devices)} or more, or take devices away"
+                f"{len(stage.groups)} or more, or take devices away"
             )
     return problems
 

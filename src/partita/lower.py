@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from partita.assign import assign, covers
+from partita.divide import Division, divide, leaders
 from partita.graph import Graph, Op
 from partita.lockstep import effective
+from partita.phases import divides, phases_of
 from partita.plan import Plan
 from partita.program import Fixed, Instruction, Layout, Once, Program, Segment, Split, Use, Whole
 from partita.schedules import schedule
@@ -27,17 +29,32 @@ CALLER = "caller"
 
 
 def lower(
-    graph: Graph, layouts: BatchLayouts, plan: Plan, *, batch: int, train: bool = True, part: str = "step"
+    graph: Graph,
+    layouts: BatchLayouts,
+    plan: Plan,
+    *,
+    batch: int,
+    train: bool = True,
+    part: str = "step",
+    division: Division | None = None,
 ) -> Program:
     """The Program for a batch of ``batch`` samples.
 
     ``part``: 'step' (forward and backward interleaved as the schedule says), 'forward' (all forwards; activations
     kept when ``train``) or 'backward' (what follows such a forward). The plan must have passed ``check``.
+    ``division``: what ``divide`` found for this plan and batch, where it is known already; its Program is that of the
+    leaders' local graph.
     """
+    division = division or divide(graph, layouts, plan, batch=batch)
+    plan = leaders(plan)
     layouts, synchronised = effective(graph, layouts, plan, batch)
     sizes = plan.batch.split(batch) if batch > 0 and divides(graph, layouts) else (batch,)
-    stage_of = assign(plan, graph)
-    phases = _phases(graph, layouts, single=len(sizes) == 1)
+    if division is None:
+        stage_of: Mapping[str, int] = assign(plan, graph)
+        phases: Mapping[str, str] = phases_of(graph, layouts, single=len(sizes) == 1)
+    else:
+        graph, layouts = division.graph, division.members[0].layouts
+        stage_of, phases = division.stage_of, division.phases
     segments = _segments(graph, layouts, plan, stage_of, phases, single=len(sizes) == 1)
     placement = tuple(_placement(s, plan, len(sizes)) for s in segments)
     builder = _Builder(graph, segments, placement, sizes, train)
@@ -54,43 +71,8 @@ def lower(
         output_device=plan.stages[-1].devices[0],
         train=train,
         synchronised=synchronised,
+        groups=division.groups if division is not None else (),
     )
-
-
-def divides(graph: Graph, layouts: BatchLayouts) -> bool:
-    """Whether microbatches are worth having: most of the work can be done for a part of the batch.
-
-    Where an early op couples the batch (the first BatchNorm), almost everything would run on the joined batch anyway:
-    then the step has one microbatch, and with it the unsplit model's numbers bit for bit.
-    """
-    if not layouts.microbatchable:
-        return False
-    split = sum(op.flops for op in graph.ops if layouts.phase[op.name] == "split")
-    return 2 * split >= sum(op.flops for op in graph.ops)
-
-
-def _phases(graph: Graph, layouts: BatchLayouts, *, single: bool) -> dict[str, str]:
-    """Phase of each op. With one microbatch everything but the random draws runs in place."""
-    if not single:
-        return {op.name: layouts.phase[op.name] for op in graph.ops}
-    phases: dict[str, str] = {}
-    drawn: set[str] = set()
-    ordered = True
-    for op in graph.ops:
-        inputs_known = all(graph.producer(t) is None or t in drawn for t in op.uses())
-        early = (
-            ordered
-            and op.random
-            and not op.writes
-            and inputs_known
-            and not any(graph.tensor(t).role == "input" for t in op.uses())
-        )
-        if early:
-            drawn.update(op.outputs)
-        elif op.random:
-            ordered = False
-        phases[op.name] = "once" if early else "split"
-    return phases
 
 
 def _segments(

@@ -7,7 +7,9 @@ from dataclasses import replace
 from partita.cluster import Cluster
 from partita.cost.measured import Measured
 from partita.cost.table import cost_table, segment_costs
+from partita.divide import divide
 from partita.graph import Graph
+from partita.group_costs import with_collectives, with_members
 from partita.lower import lower
 from partita.plan import Plan
 from partita.sharding.batch import layouts
@@ -29,6 +31,13 @@ def predict(
     ``measured``: timings that stand in for the closed forms of ``cost``. The plan must have passed ``check``.
     """
     samples = batch or plan.batch.size or graph.batch
-    program = lower(graph, layouts(graph), replace(plan, predicted=None), batch=samples, train=graph.mode == "train")
-    costs = segment_costs(program, cost_table(graph, cluster, measured=measured), cluster)
-    return simulate(program, costs, cluster, optimizer=optimizer)
+    plan, train = replace(plan, predicted=None), graph.mode == "train"
+    found = layouts(graph)
+    division = divide(graph, found, plan, batch=samples)
+    program = lower(graph, found, plan, batch=samples, train=train, division=division)
+    whole = graph if division is None else division.graph
+    costs = segment_costs(program, cost_table(whole, cluster, measured=measured), cluster)
+    if division is None:
+        return simulate(program, costs, cluster, optimizer=optimizer)
+    costs = with_collectives(costs, division, program, cluster)
+    return with_members(simulate(program, costs, cluster, optimizer=optimizer), program)

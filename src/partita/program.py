@@ -110,7 +110,9 @@ class Program:
 
     ``placement``: device of (segment, microbatch): ``placement[segment][microbatch]``, one entry where the segment
     runs once. ``train``: with backward, else forward only. ``synchronised``: batch norms combine their statistics over
-    the microbatches, which run at the same time, one a device.
+    the microbatches, which run at the same time, one a device. ``groups``: leader -> the devices that divide its ops
+    with it, itself first: ``devices``, ``placement`` and ``instructions`` name leaders only, and the others walk their
+    leader's list. Member i takes its messages from member i of its peer's group, modulo that group's size.
     """
 
     devices: tuple[str, ...]
@@ -122,3 +124,8 @@ class Program:
     output_device: str
     train: bool = True
     synchronised: bool = False
+    groups: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def members(self, leader: str) -> tuple[str, ...]:
+        """The devices of a leader's group; itself alone where it has none."""
+        return dict(self.groups).get(leader, (leader,))

@@ -1,6 +1,6 @@
 """A segment as one Python function over torch ops, generated once and run for every microbatch.
 
-    def segment(b, B, dev, t0, t1, t2):        # b: samples of the microbatch, B: of the batch, dev: the worker's device
+    def segment(b, B, dev, t0, t1, t2, group=None):     # b: samples of the microbatch, B: of the batch
         v0 = f0(t0, t1, t2)                     # blocks.0.attn.qkv: aten.linear.default
         ...
         return (v7, v9)
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from partita.graph import Arg, Graph, Op, Ref, Size, Symbol
 from partita.program import Segment
-from partita.runtime.kernels import rewritten
+from partita.runtime.kernels import returns_sequence, rewritten
 from partita.sharding.batch import BatchLayouts
 
 Resolve = Callable[[Op], Callable[..., Any]]
@@ -28,7 +28,7 @@ Resolve = Callable[[Op], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class SegmentCode:
-    """``run(b, B, dev, *uses) -> tuple`` of the segment's outputs; ``op_at`` finds the op of an error.
+    """``run(b, B, dev, *uses, group=None) -> tuple`` of the segment's outputs; ``op_at`` finds the op of an error.
 
     ``routes``: what workers look up once in a Program that runs this code (``route.route``), by instruction list.
     """
@@ -97,6 +97,8 @@ class _Writer:
         parts += [f"{key}={self.arg(op, value, true_sizes)}" for key, value in op.kwargs]
         if op.reads:
             parts.append("reads=[" + ", ".join(self.arg(op, Ref(r), "b") for r in op.reads) + "]")
+        if getattr(plain, "in_group", False):
+            parts.append("group=group")
         if rewrite is not None and rewrite.kind == "weighted":
             parts = ["b / B", *parts]
         if rewrite is not None and rewrite.kind == "sum_over_total":
@@ -108,7 +110,7 @@ class _Writer:
             if out:
                 self.variables[out] = variable
             results.append(variable)
-        left = ", ".join(results) + ("," if len(results) == 1 and _returns_sequence(plain) else "")
+        left = ", ".join(results) + ("," if len(results) == 1 and returns_sequence(plain) else "")
         text = f"{function}({', '.join(parts)})"
         if not results or all(r == "_" for r in results):
             left = "_"
@@ -123,7 +125,7 @@ class _Writer:
     def write(self) -> tuple[str, dict[str, Any]]:
         ops = [self.ops[name] for name in self.segment.ops]
         parameters = "".join(f", u{i}" for i in range(len(self.segment.uses)))
-        self.lines.append(f"def segment(b, B, dev{parameters}):")
+        self.lines.append(f"def segment(b, B, dev{parameters}, group=None):")
         last_use: dict[str, int] = {}
         for i, op in enumerate(ops):
             for tensor in (*op.uses(), *(o for o in op.outputs if o)):
@@ -180,15 +182,6 @@ class _Writer:
         )
         self.lines.append(f"    del again{start}")
         return inside - set(leaving)
-
-
-def _returns_sequence(function: Callable[..., Any]) -> bool:
-    """Whether a call gives a list or tuple even where it holds one tensor (``split``, ``unbind``, user code)."""
-    schema = getattr(function, "_schema", None)
-    if schema is None:
-        return bool(getattr(function, "returns_sequence", True))
-    returns = schema.returns
-    return len(returns) > 1 or (len(returns) == 1 and "List" in str(returns[0].type))
 
 
 def generate(

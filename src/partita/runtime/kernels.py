@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from partita.capture import Captured, resolve
+from partita.capture.state import Generators
 from partita.graph import Op
 from partita.program import Program, Segment
+from partita.runtime.collectives import Group
+from partita.runtime.spmd_ops import IN_GROUP
 from partita.runtime.sync_norm import batch_norm
 from partita.runtime.weight_grad import APART
 from partita.sharding.call import Rewrite
@@ -48,14 +52,52 @@ def rewritten(function: Callable[..., Any], rewrite: Rewrite) -> Callable[..., A
     return function
 
 
+def drawn(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A random op that every member of a group runs: one after the other, each from the leader's random state."""
+
+    def run(*args: Any, group: Group, **kwargs: Any) -> Any:
+        mine = torch.frombuffer(bytearray(pickle.dumps(Generators.save())), dtype=torch.uint8)
+        before = group.broadcast(mine if group.rank == 0 else None)
+        result = None
+        for turn in range(group.size):
+            if turn == group.rank:
+                if turn:
+                    pickle.loads(before.numpy().tobytes()).restore()
+                result = function(*args, **kwargs)
+            group.broadcast(mine[:1] if turn == group.rank else None, turn)
+        return result
+
+    run.in_group = True  # type: ignore[attr-defined]
+    run.returns_sequence = returns_sequence(function)  # type: ignore[attr-defined]
+    return run
+
+
+def returns_sequence(function: Callable[..., Any]) -> bool:
+    """Whether a call gives a list or tuple even where it holds one tensor (``split``, ``unbind``, user code)."""
+    schema = getattr(function, "_schema", None)
+    if schema is None:
+        return bool(getattr(function, "returns_sequence", True))
+    returns = schema.returns
+    return len(returns) > 1 or (len(returns) == 1 and "List" in str(returns[0].type))
+
+
 OWN: dict[str, Callable[..., Any]] = {"partita.dropout_noise": dropout_noise}
 
 
-def resolver(captured: Captured, program: Program, segment: Segment) -> Callable[[Op], Callable[..., Any]]:
-    """op -> callable, for one segment."""
+def resolver(
+    captured: Captured, program: Program, segment: Segment, *, members: int = 1
+) -> Callable[[Op], Callable[..., Any]]:
+    """op -> callable, for one segment. ``members``: of the group that runs it."""
     parts = len(program.sizes) > 1 and segment.phase == "split"
 
     def find(op: Op) -> Callable[..., Any]:
+        if op.target in IN_GROUP:
+            return IN_GROUP[op.target]
+        if op.random and members > 1:
+            return drawn(plain(op))
+        return plain(op)
+
+    def plain(op: Op) -> Callable[..., Any]:
         if op.target in OWN:
             return OWN[op.target]
         if op.target in captured.opaques:

@@ -9,6 +9,8 @@ import torch
 
 from partita.capture import Captured, decode_symbol
 from partita.cluster import Cluster
+from partita.divide import Division, divide
+from partita.graph import Graph
 from partita.lockstep import effective
 from partita.lower import lower
 from partita.plan import Plan
@@ -16,8 +18,11 @@ from partita.program import Instruction, Partial, Program, Split
 from partita.runtime import weight_share
 from partita.runtime.allocator import keep_freed_memory
 from partita.runtime.codegen import SegmentCode, generate
+from partita.runtime.collectives import LocalGroup
 from partita.runtime.kernels import resolver
-from partita.runtime.sync_norm import Meeting, join
+from partita.runtime.spmd_seats import Seat, whole_gradients
+from partita.runtime.spmd_seats import places as seats
+from partita.runtime.sync_norm import Gathering, join
 from partita.runtime.team import Team
 from partita.runtime.transport import Exchange
 from partita.runtime.worker import DeviceState, StepState, Worker
@@ -28,12 +33,17 @@ from partita.trace import Trace
 
 @dataclass(frozen=True)
 class Lowered:
-    """The Programs of one captured graph under one plan and batch size, and the code of their segments."""
+    """The Programs of one captured graph under one plan and batch size, and the code of their segments.
+
+    ``codes``: of the leaders, where the plan divides single ops; ``members``: of each rank of a group, then.
+    """
 
     step: Program
     forward: Program
     backward: Program | None
     codes: tuple[SegmentCode, ...]
+    division: Division | None = None
+    members: tuple[tuple[SegmentCode, ...], ...] = ()
 
 
 class Local:
@@ -46,28 +56,42 @@ class Local:
             keep_freed_memory()
         self._lowered: dict[tuple[int, bool], Lowered] = {}
         self._sharing: dict[int, weight_share.Sharing | None] = {}
+        self._divisions: dict[int, Lowered] = {}
 
     def lowered(self, batch: int, grad: bool) -> Lowered:
         """Programs and code for a batch size, made once."""
         found = self._lowered.get((batch, grad))
         if found is None:
             graph = self.captured.graph
+            division = divide(graph, self.layouts, self.plan, batch=batch)
             programs = {
-                part: lower(graph, self.layouts, self.plan, batch=batch, train=grad, part=part)
+                part: lower(graph, self.layouts, self.plan, batch=batch, train=grad, part=part, division=division)
                 for part in (("step", "forward", "backward") if grad else ("forward",))
             }
             first = programs["forward"]
-            used, _ = effective(graph, self.layouts, self.plan, batch)
-            codes = tuple(
-                generate(
-                    graph, segment, used, index=i, symbols=decode_symbol,
-                    resolve=resolver(self.captured, first, segment),
-                )
-                for i, segment in enumerate(first.segments)
+            if division is None:
+                used, _ = effective(graph, self.layouts, self.plan, batch)
+                members: tuple[tuple[SegmentCode, ...], ...] = (self._codes(graph, used, first),)
+            else:
+                members = tuple(self._codes(m.graph, m.layouts, first) for m in division.members)
+            found = Lowered(
+                programs.get("step", first), first, programs.get("backward"), members[0], division,
+                members if division is not None else (),
             )  # fmt: skip
-            found = Lowered(programs.get("step", first), first, programs.get("backward"), codes)
             self._lowered[batch, grad] = found
+            self._divisions.update({id(p): found for p in programs.values()} if division is not None else {})
         return found
+
+    def _codes(self, graph: Graph, used: BatchLayouts, program: Program) -> tuple[SegmentCode, ...]:
+        """The code of every segment over one graph: the captured one, or a member's."""
+        tensor = [self.plan.stages[s.stage].tensor if s.stage >= 0 else 1 for s in program.segments]
+        return tuple(
+            generate(
+                graph, segment, used, index=i, symbols=decode_symbol,
+                resolve=resolver(self.captured, program, segment, members=tensor[i]),
+            )
+            for i, segment in enumerate(program.segments)
+        )  # fmt: skip
 
     def begin(
         self,
@@ -87,10 +111,15 @@ class Local:
             codes=codes,
             given={**self.captured.constants, **given},
             parameters=dict(parameters),
-            devices={d: DeviceState(self.torch_devices[d]) for d in program.devices},
+            devices={d: DeviceState(self.torch_devices[d]) for d in seats(program)},
             grad=grad,
             record=record,
         )
+        lowered = self._divisions.get(id(program))
+        for where, (_, rank, _) in seats(program).items() if lowered is not None else ():
+            if rank and lowered is not None and lowered.division is not None:
+                clones = {n: given[n].clone() for n in lowered.division.clones if n in given}
+                state.devices[where].clones = clones
         segment, code = program.segments[0], codes[0]
         if segment.ops:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):  # the graph holds its casts
@@ -102,8 +131,10 @@ class Local:
 
     def run(self, state: StepState, program: Program) -> None:
         """Every device walks its list of ``program``; returns when all have."""
+        if program.groups:
+            return self._run_groups(state, program)
         exchange = Exchange(program.devices)
-        meeting = Meeting(len(program.sizes), lambda: exchange.stopped) if program.synchronised else None
+        meeting = Gathering(len(program.sizes), lambda: exchange.stopped) if program.synchronised else None
         shared = self._shared(state, program, lambda: exchange.stopped)
         ranks = {place: m for places in program.placement if len(places) > 1 for m, place in enumerate(places)}
         self.team.run(
@@ -114,6 +145,33 @@ class Local:
             },
             exchange.stop,
         )
+
+    def _run_groups(self, state: StepState, program: Program) -> None:
+        """As ``run``, where members of groups walk their leader's list, each in its own seat."""
+        lowered = self._divisions[id(program)]
+        division = lowered.division
+        assert division is not None
+        where = seats(program)
+        exchange = Exchange(tuple(where))
+
+        def stopped() -> bool:
+            return exchange.stopped
+
+        groups = {d: LocalGroup.make(size, stopped) for d, (_, rank, size) in where.items() if rank == 0 and size > 1}
+        most = max(size for _, _, size in where.values())
+        meetings = [Gathering(len(program.sizes), stopped) if program.synchronised else None for _ in range(most)]
+        ranks = {place: m for spread in program.placement if len(spread) > 1 for m, place in enumerate(spread)}
+        jobs = {}
+        for device, (leader, rank, size) in where.items():
+            instructions = dict(program.instructions).get(leader, ())
+            if not instructions:
+                continue
+            local = division.members[rank]
+            group = groups[leader][rank] if size > 1 else None
+            seat = Seat(leader, rank, size, group, local.graph, lowered.members[rank], local.shards if size > 1 else {})
+            worker = Worker(device, state, exchange, seat)
+            jobs[device] = _walk(worker, instructions, meetings[rank], ranks.get(leader, 0), None)
+        self.team.run(jobs, exchange.stop)
 
     def _shared(self, state: StepState, program: Program, stopped: Callable[[], bool]) -> weight_share.Meeting | None:
         """Where this program's replicas make their weight gradients together; None where there are none to make."""
@@ -153,20 +211,26 @@ class Local:
                     part = grad.narrow(*state.rows(layout, m))
                 elif not isinstance(layout, Partial) and m:
                     break
-            device = state.devices[place]
             key = (name, -1 if whole else m)
-            part = part.to(device.device)
-            held = device.grads.get(key)
-            device.grads[key] = part if held is None else held + part
+            for member in program.members(place):
+                device = state.devices[member]
+                mine = part.to(device.device)
+                held = device.grads.get(key)
+                device.grads[key] = mine if held is None else held + mine
 
     def parameter_grads(self, state: StepState) -> dict[str, torch.Tensor]:
         """Each parameter's gradient: the sum over the devices that used it, large ones summed in parallel."""
-        found: dict[str, list[torch.Tensor]] = {}
-        for device in state.devices.values():
+        by_device: dict[str, list[tuple[str, torch.Tensor]]] = {}
+        for where, device in state.devices.items():
             for name, alias in device.aliases.items():
                 if alias.grad is not None:
-                    found.setdefault(name, []).append(alias.grad)
+                    by_device.setdefault(name, []).append((where, alias.grad))
                     alias.grad = None
+        lowered = self._divisions.get(id(state.program))
+        if lowered is not None and lowered.division is not None:
+            found = whole_gradients(lowered.division, state.program, by_device, state.parameters)
+        else:
+            found = {name: [grad for _, grad in grads] for name, grads in by_device.items()}
         shared = {n: g for n, g in found.items() if len(g) > 1}
         if len(shared) > 1 and all(g.device.type == "cpu" for gs in shared.values() for g in gs):
             self._sum_in_parallel(state, shared)
@@ -233,7 +297,7 @@ def torch_device(name: str) -> torch.device:
 def _walk(
     worker: Worker,
     instructions: tuple[Instruction, ...],
-    meeting: Meeting | None,
+    meeting: Gathering | None,
     rank: int,
     weights: weight_share.Meeting | None,
 ) -> Callable[[], None]:

@@ -19,6 +19,7 @@ from partita.graph import Graph
 from partita.program import Fixed, Instruction, Partial, Program, Split, Use, Whole
 from partita.runtime.codegen import SegmentCode
 from partita.runtime.route import Inlet, Step, parts, route
+from partita.runtime.spmd_seats import Seat, receivers
 from partita.runtime.transport import Exchange, Stopped
 from partita.runtime.weight_grad import WeightQueue, mark, use_queue
 from partita.trace import Event
@@ -52,6 +53,7 @@ class DeviceState:
     aliases: dict[str, torch.Tensor] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     queue: WeightQueue = field(default_factory=WeightQueue)
+    clones: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -84,10 +86,14 @@ class StepState:
 
 
 class Worker:
-    """One device's part of one step."""
+    """One device's part of one step. ``seat``: its place in a group that divides single ops; None: it is alone."""
 
-    def __init__(self, name: str, state: StepState, exchange: Exchange) -> None:
-        self.name, self.state, self.exchange = name, state, exchange
+    def __init__(self, name: str, state: StepState, exchange: Exchange, seat: Seat | None = None) -> None:
+        self.name, self.state, self.exchange, self.seat = name, state, exchange, seat
+        self.place = seat.leader if seat is not None else name
+        self.leads = seat is None or seat.rank == 0
+        self.codes = seat.codes if seat is not None else state.codes
+        self.group = seat.group if seat is not None else None
         self.mine = state.devices[name]
         self.owed: list[object] = []
 
@@ -114,11 +120,12 @@ class Worker:
     def route(self, instructions: tuple[Instruction, ...]) -> tuple[Step, ...]:
         """Made once for an instruction list, and kept with the code that it is for."""
         state = self.state
-        routes = state.codes[0].routes
+        routes = self.codes[0].routes
         found = routes.get(id(instructions))
         if found is None:
-            mutated = tuple(code.mutated for code in state.codes)
-            found = instructions, route(state.graph, state.program, instructions, mutated)
+            mutated = tuple(code.mutated for code in self.codes)
+            graph = self.seat.graph if self.seat is not None else state.graph
+            found = instructions, route(graph, state.program, instructions, mutated)
             routes[id(instructions)] = found
         return found[1]
 
@@ -135,8 +142,8 @@ class Worker:
 
     def forward(self, step: Step) -> None:
         state, index, microbatch = self.state, step.instruction.segment, step.instruction.microbatch
-        code = state.codes[index]
-        if step.after:
+        code = self.codes[index]
+        if step.after and self.leads:
             self.exchange.receive(self.name, ("drawn", step.after))
         leaves: list[tuple[Use, torch.Tensor]] = []
         arguments = []
@@ -149,12 +156,12 @@ class Worker:
             arguments.append(value)
         size = state.program.sizes[microbatch] if microbatch >= 0 else state.batch
         try:
-            outputs = code.run(size, state.batch, self.mine.device, *arguments)
+            outputs = code.run(size, state.batch, self.mine.device, *arguments, group=self.group)
         except Stopped:
             raise
         except Exception as error:
             raise self.failure(index, error) from error
-        if step.then:
+        if step.then and self.leads:
             self.exchange.send(step.then, ("drawn", index), None)
         del arguments
         kept: dict[str, Edge] = {}
@@ -163,7 +170,7 @@ class Worker:
                 detached = value.detach()
                 if outlet.held:
                     self.mine.values[outlet.name, microbatch] = detached
-                if outlet.result:
+                if outlet.result and self.leads:
                     state.results[outlet.name, microbatch] = detached
             if state.grad and value.requires_grad:
                 kept[outlet.name] = torch.autograd.graph.get_gradient_edge(value)
@@ -176,7 +183,7 @@ class Worker:
         if inlet.way == "alias":
             return self.alias(use.tensor), False
         if inlet.way in ("given", "once"):
-            value = state.once[use.tensor] if inlet.way == "once" else state.given[use.tensor]
+            value = state.once[use.tensor] if inlet.way == "once" else self.given(use.tensor)
             if value.device != self.mine.device:
                 value = value.to(self.mine.device, non_blocking=True)
             if inlet.rows is not None:
@@ -188,6 +195,11 @@ class Worker:
         if inlet.leaf and state.grad:
             return value.requires_grad_(), True
         return value, False
+
+    def given(self, name: str) -> torch.Tensor:
+        """An input or buffer. Of buffers that every member changes alike, all but the leader have a copy."""
+        found = self.mine.clones.get(name)
+        return self.state.given[name] if found is None else found
 
     def joined(self, use: Use) -> torch.Tensor:
         """All microbatches of a tensor as one, a leaf of its own."""
@@ -204,6 +216,8 @@ class Worker:
         if found is None:
             parameter = self.state.parameters[name]
             found = parameter.detach()
+            if self.seat is not None:
+                found = self.seat.rows(name, found).detach()
             if found.device != self.mine.device:
                 found = found.to(self.mine.device)
             found.requires_grad_(self.state.grad and parameter.requires_grad)
@@ -246,7 +260,7 @@ class Worker:
     def hand_back(self, use: Use, grad: torch.Tensor | None, microbatch: int, consumer: int) -> None:
         """Give the gradient of something taken to the runs that made it."""
         if use.source < 0:
-            if grad is not None:
+            if grad is not None and self.leads:
                 self.input_grad(use, grad, microbatch)
             return
         if microbatch >= 0:
@@ -262,7 +276,7 @@ class Worker:
 
     def credit(self, use: Use, microbatch: int, grad: torch.Tensor | None, consumer: int) -> None:
         places = self.state.program.placement[use.source]
-        if places[max(microbatch, 0)] == self.name:
+        if places[max(microbatch, 0)] == self.place:
             self.add_grad(use.tensor, microbatch, grad)
         else:
             key = (use.tensor, microbatch, consumer)
@@ -293,9 +307,12 @@ class Worker:
         name, microbatch = instruction.tensor, instruction.microbatch
         if instruction.grad:
             value = self.mine.outgoing.pop((name, microbatch, instruction.segment), None)
-            self.exchange.send(instruction.peer, (name, microbatch, instruction.segment, True), value)
+            key = name, microbatch, instruction.segment, True
         else:
-            self.exchange.send(instruction.peer, (name, microbatch, -1, False), self.mine.values[name, microbatch])
+            value, key = self.mine.values[name, microbatch], (name, microbatch, -1, False)
+        peer = instruction.peer
+        for there in (peer,) if self.seat is None else receivers(self.state.program, self.seat, peer):
+            self.exchange.send(there, key, value)
 
     def receive(self, step: Step) -> None:
         instruction = step.instruction
@@ -313,13 +330,14 @@ class Worker:
 
     def failure(self, index: int, error: Exception, what: str = "") -> ExecutionError:
         """The error with the stage, the module and the user's line."""
-        segment, op = self.state.program.segments[index], self.state.codes[index].op_at(error)
+        segment, op = self.state.program.segments[index], self.codes[index].op_at(error)
         where = f"{what}stage {segment.stage} on {self.name}"
         if op is not None:
             where += f", module '{op.module or '(the model itself)'}', {op.target}"
         elif segment.ops:
-            by_name = {op.name: op.module for op in self.state.graph.ops}
-            modules = list(dict.fromkeys(by_name[name] or "(the model itself)" for name in segment.ops))
+            graph = self.seat.graph if self.seat is not None else self.state.graph
+            by_name = {op.name: op.module for op in graph.ops}
+            modules = list(dict.fromkeys(by_name.get(name) or "(the model itself)" for name in segment.ops))
             where += f", modules '{modules[0]}' to '{modules[-1]}'" if len(modules) > 1 else f", module '{modules[0]}'"
         line = f"\n  at {op.source}" if op is not None and op.source else ""
         return ExecutionError(f"{type(error).__name__} in {where}: {error}{line}")

@@ -1,0 +1,76 @@
+"""Group costs: seconds of the collectives between divided ops, added to the costs of the segments they stand in.
+
+Every group's ring is as fast as its slowest link (``cost.communication``); members wait for each other in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import inf
+
+from partita.cluster import Cluster
+from partita.cost.affine import Affine, through
+from partita.cost.communication import Channel, ring_all_gather, ring_all_reduce
+from partita.cost.table import SegmentCost
+from partita.divide import Division
+from partita.graph import Graph, Op, refs
+from partita.program import Program
+from partita.trace import Trace
+
+FORWARD = {"all_reduce": 2, "all_gather": 1, "all_gather_copied": 1, "reduce_scatter": 1, "divided_cross_entropy": 2}
+BACKWARD = {"copied": 2, "take": 1, "all_gather_copied": 1, "reduce_scatter": 1}
+"""Passes over the ring: 2 for an all_reduce, 1 for an all_gather or a reduce_scatter."""
+
+
+def with_collectives(
+    costs: Mapping[tuple[int, str], SegmentCost], division: Division, program: Program, cluster: Cluster
+) -> dict[tuple[int, str], SegmentCost]:
+    """The costs of a leader's segments with the time of their collectives."""
+    result = dict(costs)
+    groups = dict(program.groups)
+    ops = {op.name: op for op in division.graph.ops}
+    for (s, device), cost in costs.items():
+        members = groups.get(device)
+        if members is None:
+            continue
+        channel = _ring(cluster, members)
+        forward = backward = Affine()
+        for name in program.segments[s].ops:
+            op = ops[name]
+            kind = op.target.removeprefix("partita.")
+            forward = forward + _seconds(division.graph, op, FORWARD.get(kind, 0), len(members), channel)
+            if program.train and op.grad and any(division.graph.tensor(o).needs_grad for o in op.outputs if o):
+                backward = backward + _seconds(division.graph, op, BACKWARD.get(kind, 0), len(members), channel)
+        result[s, device] = replace(cost, forward=cost.forward + forward, backward=cost.backward + backward)
+    return result
+
+
+def with_members(trace: Trace, program: Program) -> Trace:
+    """The trace of the leaders with what the others of their groups do: the same, on their own part."""
+    groups = dict(program.groups)
+    events = tuple(replace(e, device=d) for e in trace.events for d in groups.get(e.device, (e.device,)))
+    memory = tuple((d, need) for device, need in trace.memory for d in groups.get(device, (device,)))
+    return replace(trace, events=events, memory=memory)
+
+
+def _ring(cluster: Cluster, members: tuple[str, ...]) -> Channel:
+    links = [cluster.link(a, b) for a, b in zip(members, (*members[1:], members[0]), strict=True)]
+    return Channel(min((k.bandwidth for k in links), default=inf), max((k.latency_seconds for k in links), default=0.0))
+
+
+def _seconds(graph: Graph, op: Op, passes: int, members: int, channel: Channel) -> Affine:
+    if not passes:
+        return Affine()
+    kind = op.target.removeprefix("partita.")
+    taken, made = next(refs(op.args)), op.outputs[0]
+    name = taken if kind in ("all_reduce", "copied", "take", "reduce_scatter") else made  # the whole tensor
+
+    def at(samples: int) -> float:
+        nbytes = graph.tensor(name).nbytes(samples)
+        if passes == 2:
+            return ring_all_reduce(nbytes, members, channel)
+        return ring_all_gather(nbytes, members, channel)
+
+    batch = max(graph.batch, 2)
+    return through(1, at(1), batch, at(batch))

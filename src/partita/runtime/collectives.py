@@ -1,0 +1,123 @@
+"""Collectives: what the members of a group do together, behind one seam, and their form between threads.
+
+    all_reduce       every member gives x, every member gets the sum (or the maximum)
+    all_gather       every member gives a part, every member gets all parts, in order of rank
+    reduce_scatter   every member gives x, member r gets part r of the sum
+    all_to_all       every member gives a part for each, and gets one from each
+    broadcast        every member gets what one of them gives
+
+All members call the same collectives in the same order. What comes back is new memory; what was given is left as it
+was. Every member gets the same bits: a replicated value is equal on all of them, whatever rounding does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from partita.runtime.sync_norm import Gathering
+
+
+class Group(Protocol):
+    """One member's side of a group. ``rank``: its number in the group, from 0; ``size``: how many there are."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def all_reduce(self, tensor: torch.Tensor, how: str = "sum") -> torch.Tensor:
+        """The sum (``how='max'``: the element-wise maximum) of everybody's tensor, which have one shape."""
+        ...
+
+    def all_gather(self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Everybody's tensor. They agree in all but ``dim``, along which member r's has ``sizes[r]``."""
+        ...
+
+    def reduce_scatter(self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+        """Of the sum of everybody's tensor, the rows of ``dim`` that are this member's: ``sizes[r]`` for member r."""
+        ...
+
+    def all_to_all(self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """``parts[r]`` goes to member r; what member r gave for this one comes back, of ``shapes[r]``."""
+        ...
+
+    def broadcast(self, tensor: torch.Tensor | None, source: int = 0) -> torch.Tensor:
+        """The tensor of member ``source``; the others may give None: shape and dtype travel with it."""
+        ...
+
+
+class LocalGroup:
+    """A group of worker threads of one process, which read each other's memory. Sums are made in order of rank.
+
+    ``meeting``: shared by the members of one step; a step that is stopped ends every wait with ``Stopped``.
+    """
+
+    def __init__(self, rank: int, meeting: Gathering) -> None:
+        self.rank, self.size, self._meeting = rank, meeting.parties, meeting
+        self._count = 0
+
+    @staticmethod
+    def make(size: int, stopped: Callable[[], bool]) -> tuple[LocalGroup, ...]:
+        """The members of a new group, in order of rank."""
+        meeting = Gathering(size, stopped)
+        return tuple(LocalGroup(rank, meeting) for rank in range(size))
+
+    def _meet(self, value: Any) -> list[Any]:
+        self._count += 1
+        return self._meeting.gather(self._count, self.rank, value)
+
+    def all_reduce(self, tensor: torch.Tensor, how: str = "sum") -> torch.Tensor:
+        """Member r adds up slice r of everybody's, so that the sum is made once."""
+        given = [t.to(tensor.device) for t in self._meet(tensor.detach())]
+        with torch.no_grad():
+            flat = [t.reshape(-1) for t in given]
+            count = flat[0].numel()
+            start, end = self.rank * count // self.size, (self.rank + 1) * count // self.size
+            parts = self._meet(_combined([t[start:end] for t in flat], how))
+            return torch.cat([p.to(tensor.device) for p in parts]).view(tensor.shape)
+
+    def all_gather(self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> list[torch.Tensor]:
+        given = self._meet(tensor.detach())
+        with torch.no_grad():
+            found = [t.to(tensor.device, copy=True) for t in given]
+        self._meet(None)  # whoever changes what he gave must wait until all have read it
+        return found
+
+    def reduce_scatter(self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+        given = self._meet(tensor.detach())
+        with torch.no_grad():
+            start, length = sum(sizes[: self.rank]), sizes[self.rank]
+            found = _combined([t.narrow(dim, start, length).to(tensor.device) for t in given], "sum")
+        self._meet(None)
+        return found
+
+    def all_to_all(self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        given = self._meet([part.detach() for part in parts])
+        with torch.no_grad():
+            found = [theirs[self.rank].to(parts[self.rank].device, copy=True) for theirs in given]
+        self._meet(None)
+        return found
+
+    def broadcast(self, tensor: torch.Tensor | None, source: int = 0) -> torch.Tensor:
+        given: torch.Tensor = self._meet(tensor)[source]
+        with torch.no_grad():
+            found = given if tensor is not None and self.rank == source else given.detach().clone()
+        self._meet(None)
+        return found
+
+
+def _combined(parts: list[torch.Tensor], how: str) -> torch.Tensor:
+    """The sum or maximum, in order, as new memory."""
+    if how == "sum":
+        total = parts[0].add(parts[1]) if len(parts) > 1 else parts[0].clone()
+        for part in parts[2:]:
+            total.add_(part)
+        return total
+    total = parts[0].clone()
+    for part in parts[1:]:
+        torch.maximum(total, part, out=total)
+    return total
