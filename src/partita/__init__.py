@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from partita.cluster import Cluster, Device, Link
 from partita.errors import (
     CaptureError,
+    CheckpointError,
     ClusterError,
     ExecutionError,
     InfeasibleError,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Batch",
     "CaptureError",
+    "CheckpointError",
     "Cluster",
     "ClusterError",
     "Device",
@@ -63,6 +65,8 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """What needs torch is imported at first use, so that plans and clusters open in a moment."""
+    if name in ("adapters", "checkpoint"):
+        return importlib.import_module(f"partita.{name}")
     if name in __all__:
         return getattr(importlib.import_module("partita.api"), name)
     raise AttributeError(f"module 'partita' has no attribute {name!r}")

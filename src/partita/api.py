@@ -13,14 +13,18 @@ from torch import nn
 from partita.capture import Captured, capture
 from partita.check import require
 from partita.cluster import Cluster
-from partita.errors import UsageError
+from partita.cost.measured import Measured
+from partita.errors import PlanError, UsageError
 from partita.lockstep import can_synchronise
 from partita.manual import plan_from_cuts, plan_live
 from partita.measure import kept_timings, local_cluster, measure_call
 from partita.plan import Plan
 from partita.planners.auto import auto
 from partita.planners.constraints import Constraints
+from partita.planners.large.result import plan_large
+from partita.ranks import divide as divide_over_ranks
 from partita.runtime.compare import Comparison, allow_rounding, compare, observe, observe64
+from partita.runtime.distributed import launched
 from partita.runtime.front import LazyParallel, device_names, dividing
 from partita.runtime.live import children_bytes
 from partita.runtime.module import ParallelModule
@@ -33,6 +37,7 @@ __all__ = [
 
 Devices = str | int | Sequence[str] | Cluster
 Memory = str | int | Mapping[str, str | int] | None
+LARGE = 32
 
 
 def parallelize(
@@ -56,22 +61,44 @@ def parallelize(
     ``loss_fn(output, target)``: for ``train_step``. ``profile``: time the model's parts here before planning (seconds,
     kept on disk); False: plan from counts and device speeds alone. Raises PlanError (all problems at once),
     InfeasibleError (with the nearest remedy), CaptureError, ClusterError, UsageError.
+
+    In processes started by ``torchrun`` the devices are the ranks, one each; every rank makes the same calls with the
+    same whole batch. There the plan file that ``partita run --plan`` names is taken where ``plan`` is None.
     """
-    cluster = local_cluster(devices, memory)
-    captured = _capture(model, example_args, example_kwargs)
-    if plan is None:
+
+    def read() -> Captured:
+        return _capture(model, example_args, example_kwargs)
+
+    def choose(captured: Captured, cluster: Cluster) -> Plan:
+        if plan is not None:
+            chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
+            if not captured.live:
+                require(chosen, captured.graph, cluster)
+            return chosen
+        return best(captured, cluster)[0]
+
+    def best(captured: Captured, cluster: Cluster, *, again: bool = False) -> tuple[Plan, Measured | None]:
+        """The planner's plan, and the timings it rests on."""
         measured = None
-        if profile:
-            measured = measure_call(captured, cluster, model, example_args, example_kwargs, train=objective == "train")
-        chosen = _plan(
+        if profile or again:
+            measured = measure_call(
+                captured, cluster, model, example_args, example_kwargs, train=objective == "train", again=again
+            )
+        found = _plan(
             captured, cluster, model, optimizer=optimizer, constraints=constraints, objective=objective,
             measured=measured,
         )  # fmt: skip
-    else:
-        chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
-        if not captured.live:
-            require(chosen, captured.graph, cluster)
-    return ParallelModule(model, chosen, cluster, loss_fn=loss_fn)
+        return found, measured if objective == "train" else None
+
+    if launched():
+        plan = plan if plan is not None else os.environ.get("PARTITA_PLAN")
+        return divide_over_ranks(model, capture=read, choose=choose, devices=devices, memory=memory, loss_fn=loss_fn)
+    cluster = local_cluster(devices, memory)
+    captured = read()
+    chosen, measured = best(captured, cluster) if plan is None else (choose(captured, cluster), None)
+    return ParallelModule(
+        model, chosen, cluster, loss_fn=loss_fn, measured=measured, replan=lambda: best(read(), cluster, again=True)
+    )
 
 
 def find_plan(
@@ -88,14 +115,36 @@ def find_plan(
 ) -> Plan:
     """The best plan for the model on these devices, or on a described ``cluster``. Nothing is run or allocated.
 
-    Timings that ``parallelize`` measured on this machine before are used where they are kept.
+    Timings that ``parallelize`` measured on this machine before are used where they are kept. A described cluster of
+    more than 32 devices is planned in closed form (``planners/large``), without constraints.
     """
     where = cluster if cluster is not None else local_cluster(devices, memory)
+    if cluster is not None and len(cluster.devices) > LARGE and constraints is None:
+        return plan_for_cluster(
+            model, example_args, example_kwargs, cluster, optimizer=optimizer, objective=objective
+        )  # fmt: skip
     captured = _capture(model, example_args, example_kwargs)
     measured = kept_timings(captured, where, train=objective == "train")
     return _plan(
         captured, where, model, optimizer=optimizer, constraints=constraints, objective=objective, measured=measured
     )
+
+
+def plan_for_cluster(
+    model: nn.Module,
+    example_args: Sequence[Any],
+    example_kwargs: Mapping[str, Any] | None,
+    cluster: Cluster,
+    batch: int = 0,
+    *,
+    optimizer: str = "adamw",
+    objective: str = "train",
+) -> Plan:
+    """The best degrees of parallelism for a large model (meta tensors do) on a described cluster, in closed form."""
+    captured = _capture(model, example_args, example_kwargs)
+    if captured.live:
+        raise PlanError(f"this model runs as it is, so there is nothing to plan: {captured.live}")
+    return plan_large(captured.graph, cluster, batch=batch, optimizer=optimizer, objective=objective).plan
 
 
 def split(
@@ -111,15 +160,22 @@ def split(
     loss_fn: Callable[..., torch.Tensor] | None = None,
 ) -> ParallelModule:
     """The model cut before each module (or op) named in ``at``: part k runs on device k."""
-    cluster = local_cluster(devices, memory)
-    names = [d.name for d in cluster.devices]
-    captured = _capture(model, example_args, example_kwargs)
-    if captured.live:
-        plan = plan_live(children_bytes(model), type(model).__name__, names, at=tuple(at), reason=captured.live)
-    else:
+
+    def read() -> Captured:
+        return _capture(model, example_args, example_kwargs)
+
+    def choose(captured: Captured, cluster: Cluster) -> Plan:
+        names = [d.name for d in cluster.devices]
+        if captured.live:
+            return plan_live(children_bytes(model), type(model).__name__, names, at=tuple(at), reason=captured.live)
         plan = plan_from_cuts(captured.graph, tuple(at), names, microbatches=microbatches, schedule=schedule)
         require(plan, captured.graph, cluster)
-    return ParallelModule(model, plan, cluster, loss_fn=loss_fn)
+        return plan
+
+    if launched():
+        return divide_over_ranks(model, capture=read, choose=choose, devices=devices, memory=memory, loss_fn=loss_fn)
+    cluster = local_cluster(devices, memory)
+    return ParallelModule(model, choose(read(), cluster), cluster, loss_fn=loss_fn)
 
 
 def ModelParallel(

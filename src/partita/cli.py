@@ -45,22 +45,47 @@ Out = Annotated[str | None, typer.Option("--output", "-o", help="File to write."
 def plan(
     factory: Factory,
     devices: Devices = "auto",
+    cluster_spec: Annotated[
+        str, typer.Option("--cluster", help="A cluster you need not have: 128x8xH100, 8xA100 + 2x8xV100, or a file.")
+    ] = "",
     memory: Memory = None,
     batch: BatchSize = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens a sample, for llama-405b and other named models.")] = None,
     optimizer: Annotated[str, typer.Option(help="Whose state to leave room for: adamw, sgd, none ...")] = "adamw",
     objective: Annotated[str, typer.Option(help="train or inference.")] = "train",
+    constraint: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE: max_stages=2, 'place={blocks.0: cpu:1}', recompute=b*")
+    ] = None,
+    constraints_file: Annotated[str, typer.Option("--constraints", help="A YAML file of constraints.")] = "",
     output: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Find the best plan for a model on these devices; nothing is run."""
-    cluster = Cluster.parse(devices, memory=memory)
+    """Find the best plan for a model on these devices; nothing is run.
+
+    With --cluster every degree is searched (stages, replicas, tensor, ZeRO, recomputation, interleaving) in closed
+    form, in mixed precision where the devices have it. FACTORY may then be a name: llama-405b, gpt3-175b ...
+    """
+    from partita.plan_text import complete
+    from partita.planners.constraints import Constraints
+
+    cluster = Cluster.parse(cluster_spec or devices, memory=memory)
+    limits = Constraints.parse(constraint or (), constraints_file)
+    if cluster_spec and limits != Constraints():
+        raise UsageError("constraints go with --devices (a description such as 2x8xH100 works there too)")
     _writable(output)
     from partita.factory import load
 
-    model, args, kwargs = load(factory, batch)
+    model, args, kwargs = load(factory, None if cluster_spec else batch, seq)
     from partita import api
 
-    found = api.find_plan(model, args, kwargs, cluster=cluster, optimizer=optimizer, objective=objective)
+    if cluster_spec:
+        found = api.plan_for_cluster(model, args, kwargs, cluster, batch or 0, optimizer=optimizer, objective=objective)
+    else:
+        found = api.find_plan(
+            model, args, kwargs, cluster=cluster, optimizer=optimizer, objective=objective, constraints=limits
+        )
+    if not as_json:
+        found = complete(found)
     if output is not None:
         found.save(output)
     if as_json:
@@ -216,6 +241,22 @@ def measure(devices: Devices = "", output: Out = None, as_json: Json = False) ->
             print(f"written to {output}")
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def run(
+    context: typer.Context,
+    nproc: Annotated[int | None, typer.Option(help="Processes on this host; without it, one a GPU or core.")] = None,
+    plan_file: PlanPath = None,
+) -> None:
+    """Run a training script on several processes, one a device: partita run [--nproc N] script.py [arguments]."""
+    from partita import launch
+
+    code = launch.run(context.args, nproc=nproc, plan=plan_file)
+    if code:
+        raise typer.Exit(code if code > 0 else 128 - code)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def demo(context: typer.Context) -> None:
     """Divide three real models, prove the numbers equal, and time them."""
@@ -242,6 +283,8 @@ def doctor(as_json: Json = False) -> None:
     from partita.doctor import findings
 
     found = findings()
+    if not found:
+        return  # rank 0 speaks for all
     if as_json:
         print(json.dumps([{"what": f.what, "found": f.found, "ok": f.ok, "next": f.next_step} for f in found]))
         return

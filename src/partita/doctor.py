@@ -30,8 +30,17 @@ class Finding:
 
 
 def findings() -> tuple[Finding, ...]:
-    """Versions, devices, memory, caches, optional packages."""
+    """Versions, devices, memory, caches, optional packages; under ``torchrun`` the group too (and nothing on the other
+    ranks, for which rank 0 speaks)."""
     import torch
+
+    from partita.runtime.distributed import join_world, launched
+
+    group: tuple[Finding, ...] = ()
+    if launched():
+        group = group_findings()
+        if join_world().rank:
+            return ()
 
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     new_enough = version >= OLDEST_TORCH
@@ -78,4 +87,30 @@ def findings() -> tuple[Finding, ...]:
             rows.append(Finding(package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
             rows.append(Finding(package, "not installed", False, f"needed for {purpose}"))
+    return (*rows, *group)
+
+
+def group_findings() -> tuple[Finding, ...]:
+    """The ranks, their hosts, versions and links. Collective."""
+    import torch
+
+    from partita.measure.ranks import links_between
+    from partita.runtime.distributed import join_world
+    from partita.units import format_seconds
+
+    world = join_world()
+    hosts = list(dict.fromkeys(world.hosts))
+    rows = [
+        Finding("group", f"{world.size} ranks on {len(hosts)} host{'s' if len(hosts) > 1 else ''}: {', '.join(hosts)}")
+    ]
+    mine = {"torch": torch.__version__, "python": sys.version.split()[0], "partita": sys.modules["partita"].__version__}
+    every = world.gather(mine, "the ranks' versions")
+    for name, version in every[0].items():
+        other = [f"rank {r} has {v[name]}" for r, v in enumerate(every) if v[name] != version]
+        if other:
+            advice = f"{'; '.join(other)}: install the same everywhere"
+            rows.append(Finding(f"{name} on rank 0", version, False, advice))
+    for (a, b), (bandwidth, latency) in links_between(world).items():
+        text = f"{format_bytes(int(bandwidth))}/s after {format_seconds(latency)}"
+        rows.append(Finding(f"rank {a} - rank {b}", text))
     return tuple(rows)

@@ -37,6 +37,7 @@ __all__ = [
     "TorchDispatchMode",
     "TorchFunctionMode",
     "UnsupportedOperatorException",
+    "all_gather_single",
     "autocast_call",
     "autocast_excluded",
     "autocast_kernel",
@@ -48,6 +49,7 @@ __all__ = [
     "pytree",
     "safe_softmax",
     "storage_key",
+    "tcp_store",
     "version",
     "without_pre_dispatch",
     "wrapped",
@@ -152,3 +154,17 @@ def without_pre_dispatch() -> Iterator[None]:
 def has_grad_hooks(parameter: torch.Tensor) -> bool:
     """Whether hooks wait for the parameter's gradient. Public: registering them only, not asking for them."""
     return bool(getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def all_gather_single(out: torch.Tensor, own: torch.Tensor, **options: Any) -> Any:
+    """``torch.distributed.all_gather_single``, which releases before 2.13 call ``all_gather_into_tensor``."""
+    distributed = torch.distributed
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    return gather(out, own, **options)
+
+
+def tcp_store(host: str, port: int, **options: Any) -> Any:
+    """A client of the store through which ranks find each other. Public, but not exported to type checkers."""
+    from torch import distributed
+
+    return distributed.TCPStore(host, port, **options)  # type: ignore[attr-defined]

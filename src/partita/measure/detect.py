@@ -184,6 +184,22 @@ def _build(names: Sequence[str], refresh: bool) -> Cluster:
     return Cluster(tuple(devices), tuple(links))
 
 
+def describe_rank(name: str, local_rank: int, local_size: int) -> Device:
+    """This process's device as one of ``local_size`` of its host: its GPU, or its share of the cores."""
+    cores = machine.usable_cores()
+    figures = _figures(int(name.startswith("cuda")), len(cores), False)
+    if name.startswith("cuda"):
+        here = torch.cuda.current_device()
+        return replace(_cuda_device(f"cuda:{here}", figures), name=name)
+    share = int(machine.available_memory() * MEMORY_SHARE) // local_size
+    own, crowd = cores, 1.0
+    if len(cores) > local_size:
+        own = cores[local_rank * len(cores) // local_size : (local_rank + 1) * len(cores) // local_size]
+    elif local_size > 1:
+        own, crowd = (cores[local_rank % len(cores)],), local_size / len(cores)
+    return _cpu_device(name, own, share - share % 2**20, figures, len(cores), crowd)
+
+
 def _round(value: float) -> float:
     return float(f"{value:.3g}")
 

@@ -7,6 +7,7 @@ is captured anew, and kept beside the others.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections.abc import Callable
@@ -183,10 +184,14 @@ KEPT = 64  # graphs held, the newest first: shapes that come back are found agai
 
 
 class Binder:
-    """The graphs captured for one model so far. ``engine(captured)``: makes what runs one."""
+    """The graphs captured for one model so far. ``engine(captured)``: makes what runs one; ``around()``: entered while
+    the model is traced."""
 
-    def __init__(self, model: nn.Module, engine: Callable[[Captured], Local]) -> None:
-        self.model, self.engine = model, engine
+    def __init__(
+        self, model: nn.Module, engine: Callable[[Captured], Local],
+        around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:  # fmt: skip
+        self.model, self.engine, self.around = model, engine, around
         self.entries: list[Entry] = []
         self._lock = threading.Lock()
 
@@ -205,7 +210,8 @@ class Binder:
             missed += 1
         with _capturing:
             now = census(self.model)
-            captured = capture(self.model, args, kwargs, forward=forward, guards=missed < GUARDED)
+            with self.around():
+                captured = capture(self.model, args, kwargs, forward=forward, guards=missed < GUARDED)
         leaves = captured.flatten(args, kwargs)
         assert leaves is not None, "the call just captured"
         entry = self._entry(key, now, captured, leaves)

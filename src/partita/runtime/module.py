@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -16,12 +17,16 @@ from torch import nn
 
 from partita.capture import Captured
 from partita.cluster import Cluster
+from partita.cost.measured import Measured
 from partita.errors import UsageError
 from partita.graph import Graph
 from partita.plan import Plan
+from partita.predict import predict
 from partita.runtime.bind import Binder, Bound
+from partita.runtime.calibration import Calibration
 from partita.runtime.live import dispatched, placed_modules
 from partita.runtime.local import Local, Lowered, deliver, torch_device
+from partita.runtime.pieces import Piece, local_pieces
 from partita.runtime.team import Team
 from partita.runtime.worker import StepState
 from partita.sharding.batch import layouts
@@ -117,21 +122,32 @@ class ParallelModule(nn.Module):
         cluster: Cluster,
         *,
         loss_fn: Callable[..., torch.Tensor] | None = None,
+        replan: Callable[[], tuple[Plan, Measured | None]] | None = None,
+        measured: Measured | None = None,
     ) -> None:
+        """``replan``: measures the model's parts again and plans. ``measured``: timings on which the plan's prediction
+        rests, so that steps are held against it."""
         super().__init__()
         self.module = module
-        self.plan = plan
         self.cluster = cluster
         self.loss_fn = loss_fn
         self.trace: Trace | None = None
         self.record = False
-        self.output_device = torch_device(plan.stages[-1].devices[0])
-        names = dict.fromkeys(d for s in plan.stages for d in s.devices)
-        self._team = Team(tuple(cluster.device(n) for n in names))
-        self._binder = Binder(module, partial(_engine, plan, cluster, self._team))
         self._lock = threading.RLock()
+        self._replan = replan
+        self._take(plan, measured)
         self.training = module.training  # its parts keep theirs: a frozen BatchNorm stays in eval mode
         self.register_load_state_dict_pre_hook(_own_names)  # type: ignore[no-untyped-call]
+
+    def _take(self, plan: Plan, measured: Measured | None) -> None:
+        """Run ``plan`` from the next call on."""
+        self.plan, self._measured = plan, measured
+        self.output_device = torch_device(plan.stages[-1].devices[0])
+        names = dict.fromkeys(d for s in plan.stages for d in s.devices)
+        self._team = Team(tuple(self.cluster.device(n) for n in names))
+        self._binder = Binder(self.module, partial(_engine, plan, self.cluster, self._team))
+        promised = plan.predicted.step_seconds if plan.predicted is not None and measured is not None else 0.0
+        self.calibration = Calibration(promised, plan.batch.size) if promised else None
 
     # -- calling ---------------------------------------------------------------------------------------------------
 
@@ -175,19 +191,47 @@ class ParallelModule(nn.Module):
             engine, graph = bound.engine, bound.captured.graph
             self._check_loss(graph)
             lowered = engine.lowered(graph.batch, True)
+            watch = self.calibration
+            last = watch is not None and watch.wants_trace(graph.batch)
             with self._lock:
+                began, spent = time.perf_counter(), time.process_time() if last else 0.0
                 state = engine.begin(
-                    lowered.step, lowered.codes, bound.given, bound.parameters, grad=True, record=self.record
+                    lowered.step, lowered.codes, bound.given, bound.parameters, grad=True, record=self.record or last
                 )
                 name = graph.outputs[0]
                 engine.seed(state, name, torch.ones((), dtype=getattr(torch, graph.tensor(name).dtype)))
                 engine.run(state, lowered.step)
                 loss = engine.gather(state, name, self.output_device)
                 deliver(bound.parameters, engine.parameter_grads(state))
+                if watch is not None:
+                    watch.note(graph.batch, time.perf_counter() - began)
                 if self.record:
                     self.trace = engine.trace(state)
+                if last and watch is not None:
+                    spent = time.process_time() - spent
+                    watch.tell(engine.trace(state), partial(self._predict, graph), spent)
         bound.captured.after_call()
         return loss
+
+    def replan(self, *, apply: bool = False) -> Plan:
+        """The plan that is best by timings taken now; ``apply``: it runs from the next call on.
+
+        Raises UsageError where the module was not made by ``parallelize``.
+        """
+        if self._replan is None:
+            raise UsageError(
+                "replan() needs the example that parallelize() was given; this module was made by hand, copied or "
+                "loaded: call parallelize() again"
+            )
+        found, measured = self._replan()
+        if apply:
+            with self._lock:
+                self._team.close()
+                self._take(found, measured)
+        return found
+
+    def _predict(self, graph: Graph) -> Trace:
+        return predict(graph, self.plan, self.cluster, optimizer="none", measured=self._measured)
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[ParallelModule]:
@@ -251,6 +295,14 @@ class ParallelModule(nn.Module):
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
         return self.module.named_buffers(*args, **kwargs)
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """The parts of every named parameter and buffer that this process holds (in one process: all, whole)."""
+        return local_pieces(self.module)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """``torch.nn.utils.clip_grad_norm_`` over all the model's parameters, wherever they are. Returns the norm."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm, norm_type)
 
     def close(self) -> None:
         """End the worker threads; the next call starts new ones."""

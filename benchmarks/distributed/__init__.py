@@ -1,0 +1,1 @@
+"""Several processes against what PyTorch's own distributed modules do with the same model."""

@@ -1,0 +1,99 @@
+"""``parallelize`` inside processes started together: rank 0 plans, all receive the plan, and what must agree is
+compared."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.capture import Captured
+from partita.cluster import Cluster
+from partita.errors import UsageError
+from partita.measure.ranks import rank_cluster
+from partita.plan import Plan
+from partita.runtime.distributed import World, join_world
+from partita.runtime.distributed.holding import same_everywhere
+from partita.runtime.distributed.module import RankModule
+from partita.runtime.distributed.world import elsewhere
+
+
+def divide(
+    model: nn.Module,
+    *,
+    capture: Callable[[], Captured],
+    choose: Callable[[Captured, Cluster], Plan],
+    devices: int | str | Sequence[str] | Cluster,
+    memory: Any = None,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+) -> RankModule:
+    """The model divided over the ranks. ``choose`` runs on rank 0 only. Collective.
+
+    Raises on every rank what any rank raises; UsageError where the ranks' models differ.
+    """
+    world = join_world()
+    cluster = rank_cluster(world, devices, memory)
+    captured: list[Captured] = []
+    prints = world.together("reading the model", lambda: fingerprint(model, _kept(captured, capture())))
+    disagree(prints, world.rank)
+    same_random_state(world)
+    note = same_everywhere(world, model)
+    chosen = world.first("the plan", lambda: choose(captured[0], cluster))
+    if world.rank == 0:
+        if note:
+            print(f"partita: {note}", file=sys.stderr)
+        if captured[0].live:
+            print(
+                f"partita: this model cannot be divided over processes, so every rank runs all of it: "
+                f"{captured[0].live}",
+                file=sys.stderr,
+            )
+    return RankModule(model, chosen, cluster, world=world, captured=captured[0], loss_fn=loss_fn)
+
+
+def _kept(into: list[Captured], captured: Captured) -> Captured:
+    into.append(captured)
+    return captured
+
+
+def fingerprint(model: nn.Module, captured: Captured) -> dict[str, Any]:
+    """What must be alike on all ranks, by what it is called in an error."""
+    tensors: dict[str, tuple[object, ...]] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensors[name] = tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad
+    return {
+        "partita": sys.modules["partita"].__version__,
+        "torch": torch.__version__,
+        "parameters": tensors,
+        "mode": "train" if model.training else "eval",
+        "operations": captured.graph.fingerprint,
+        "captured": captured.live or "as a graph",
+    }
+
+
+def disagree(prints: Sequence[dict[str, Any]], here: int) -> None:
+    """Raise UsageError that names the first rank whose model is not rank 0's, and what differs."""
+    first = prints[0]
+    for rank, other in enumerate(prints):
+        for what, value in first.items():
+            if other[what] == value:
+                continue
+            if isinstance(value, dict):
+                name = next(n for n in {**value, **other[what]} if value.get(n) != other[what].get(n))
+                found = f"{name} is {other[what].get(name, 'not there')}, on rank 0 {value.get(name, 'not there')}"
+            else:
+                found = f"{what} is {other[what]}, on rank 0 {value}"
+            error = UsageError(
+                f"rank {rank}'s model is not rank 0's: {found}. Build the same model on every rank, with the same "
+                "versions installed"
+            )
+            raise elsewhere(error) if here else error
+
+
+def same_random_state(world: World) -> None:
+    """All ranks continue with rank 0's random numbers, as one process would."""
+    state: torch.Tensor = world.from_first(torch.get_rng_state() if world.rank == 0 else None, "the random state")
+    torch.set_rng_state(state)

@@ -1,0 +1,181 @@
+"""Sums, shards and gatherings over some of the ranks, started now and waited for later; uneven shards as they come.
+
+scatter   rank r gives all of x and gets its shard of the sum: every rank sends each shard to whose it is, (n-1)/n x
+gather    rank r gives its shard and gets all of x                                                       (n-1)/n x
+sum       every rank gets all of the sum                                                                2(n-1)/n x
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from partita.runtime.distributed.arena import Arena
+from partita.runtime.distributed.messages import DTYPES, Sent
+from partita.runtime.distributed.world import Group, World
+from partita.torch_compat import all_gather_single
+
+HEAD = 16  # numbers that say what follows: dtype, dims, sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """Something under way. ``land()`` waits and gives the result; ``push()`` begins its second half where the first is
+    over, and says whether there is nothing left to begin."""
+
+    land: Callable[[], torch.Tensor]
+    push: Callable[[], bool] = lambda: True
+
+
+class Members:
+    """Some ranks, and this one among them."""
+
+    def __init__(self, world: World, ranks: Sequence[int], sent: Sent, purpose: str) -> None:
+        self.world, self.ranks, self.sent = world, tuple(ranks), sent
+        self.group: Group = world.group(ranks, purpose)
+        self.arena = Arena.make(world, self.ranks, self.group)
+        self.position = self.ranks.index(world.rank)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def sum(self, flat: torch.Tensor, what: str) -> Flight:
+        """In place."""
+        self._count(2 * flat.numel() * flat.element_size() * (self.size - 1) // self.size)
+        arena = self._arena(2 * flat.numel() * flat.element_size())
+        if arena is not None:
+            return Flight(*arena.sum(flat, self._words(what)))
+        work = dist.all_reduce(flat, group=self.group, async_op=True)
+        return self._flight(work, what, lambda: flat)
+
+    def scatter(self, flat: torch.Tensor, splits: Sequence[int], what: str) -> Flight:
+        """``flat``: all shards in order of rank, ``splits[r]`` elements each; gives this rank's of the sum."""
+        own = splits[self.position]
+        self._count((flat.numel() - own) * flat.element_size())
+        arena = self._arena(flat.numel() * flat.element_size())
+        if arena is not None:
+            return Flight(arena.scatter(flat, splits, self._words(what)))
+        arrived = flat.new_empty(own * self.size)
+        work = dist.all_to_all_single(
+            arrived, flat, output_split_sizes=[own] * self.size, input_split_sizes=list(splits), group=self.group,
+            async_op=True,
+        )  # fmt: skip
+
+        def summed() -> torch.Tensor:
+            parts = arrived.view(self.size, own)
+            total = parts[0] + parts[1]
+            for part in parts[2:]:
+                total += part
+            return total
+
+        return self._flight(work, what, summed)
+
+    def gather(self, out: torch.Tensor, own: torch.Tensor, splits: Sequence[int], what: str) -> Flight:
+        """``out``: room for all shards in order of rank."""
+        self._count((self.size - 1) * own.numel() * own.element_size())
+        arena = self._arena(max(splits) * own.element_size())
+        if arena is not None:
+            return Flight(arena.gather(out, own, splits, self._words(what)))
+        if len(set(splits)) == 1:
+            work: Any = all_gather_single(out, own, group=self.group, async_op=True)
+        else:
+            work = dist.all_to_all_single(
+                out, own.repeat(self.size), output_split_sizes=list(splits),
+                input_split_sizes=[own.numel()] * self.size, group=self.group, async_op=True,
+            )  # fmt: skip
+        return self._flight(work, what, lambda: out)
+
+    def _arena(self, nbytes: int) -> Arena | None:
+        return self.arena if self.arena is not None and self.arena.fits(nbytes) else None
+
+    def _words(self, what: str) -> str:
+        return f"{what} over ranks {', '.join(map(str, self.ranks))}"
+
+    def _count(self, nbytes: int) -> None:
+        self.sent.payload += nbytes
+
+    def _flight(self, work: Any, what: str, result: Callable[[], torch.Tensor]) -> Flight:
+        def land() -> torch.Tensor:
+            with self.world.watch.waiting(self._words(what)):
+                work.wait()
+            return result()
+
+        return Flight(land)
+
+
+class RankGroup:
+    """``runtime.collectives.Group`` over these ranks: what a divided op's members do together."""
+
+    def __init__(self, members: Members) -> None:
+        self._members, self.rank, self.size = members, members.position, members.size
+
+    def all_reduce(self, tensor: torch.Tensor, how: str = "sum") -> torch.Tensor:
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        if how == "sum":
+            return self._members.sum(total.view(-1), "a sum").land().view(total.shape)
+        op = dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM
+        with self._waiting("a sum"):
+            dist.all_reduce(total, op, group=self._members.group)
+        return total
+
+    def all_gather(self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> list[torch.Tensor]:
+        own = tensor.detach().contiguous()
+        splits = [n * _rest(own, dim) for n in sizes]
+        out = own.new_empty(sum(splits))
+        self._members.gather(out, own.view(-1), splits, "the parts of a divided op").land()
+        shape = own.shape
+        return [part.view(*shape[:dim], n, *shape[dim + 1 :]) for part, n in zip(out.split(splits), sizes, strict=True)]  # type: ignore[no-untyped-call]
+
+    def reduce_scatter(self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+        parts = tensor.detach().split(list(sizes), dim)  # type: ignore[no-untyped-call]
+        flat = torch.cat([p.reshape(-1) for p in parts])
+        own = parts[self.rank].shape
+        flight = self._members.scatter(flat, [p.numel() for p in parts], "the sum of a divided op")
+        return flight.land().view(own)
+
+    def all_to_all(self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        flat = torch.cat([p.detach().reshape(-1) for p in parts])
+        counts = [torch.Size(s).numel() for s in shapes]
+        out = flat.new_empty(sum(counts))
+        with self._waiting("an exchange of parts"):
+            dist.all_to_all_single(
+                out, flat, output_split_sizes=counts, input_split_sizes=[p.numel() for p in parts],
+                group=self._members.group,
+            )  # fmt: skip
+        return [part.view(*shape) for part, shape in zip(out.split(counts), shapes, strict=True)]  # type: ignore[no-untyped-call]
+
+    def broadcast(self, tensor: torch.Tensor | None, source: int = 0) -> torch.Tensor:
+        owner = self._members.ranks[source]
+        own = tensor if self.rank == source else None
+        return spread(self._members.world, own, owner, "a member's tensor", self._members.group)
+
+    def _waiting(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return self._members.world.watch.waiting(f"{what} over ranks {', '.join(map(str, self._members.ranks))}")
+
+
+def _rest(tensor: torch.Tensor, dim: int) -> int:
+    shape = tensor.shape
+    return torch.Size((*shape[:dim], *shape[dim + 1 :])).numel()
+
+
+def spread(world: World, value: torch.Tensor | None, owner: int, what: str, group: Group | None = None) -> torch.Tensor:
+    """A tensor of one rank on every rank (of the group), whatever its shape."""
+    head = torch.zeros(HEAD, dtype=torch.int64)
+    if value is not None:
+        shape = tuple(value.shape)
+        head[: 2 + len(shape)] = torch.tensor([DTYPES.index(value.dtype), len(shape), *shape])
+    with world.watch.waiting(what):
+        dist.broadcast(head, src=owner, group=group or world.control)
+        code, dims, *sizes = head.tolist()
+        if value is None:
+            value = torch.empty(sizes[:dims], dtype=DTYPES[code], device=world.device)
+        value = value.contiguous()
+        if value.numel():
+            dist.broadcast(value.reshape(-1).view(torch.uint8), src=owner, group=group or world.whole)
+    return value

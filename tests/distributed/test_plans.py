@@ -1,0 +1,44 @@
+"""Processes compute what one process computes: outputs, every gradient, twenty steps of training, for many plans at
+once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.distributed.cases import Case, product_of
+from tests.distributed.spawn import run_ranks
+
+# Each family once, each schedule, each ZeRO level; the whole product: pytest -m distributed_full
+TWO = (
+    Case("gpt", 2, 1, "1f1b", 4), Case("tied", 2, 1, "zero_bubble", 4), Case("cnn", 1, 2, "1f1b", 2),
+    Case("moe", 1, 2, "1f1b", 2, zero=3), Case("vit", 1, 2, "1f1b", 3, zero=1), Case("llama", 1, 2, "1f1b", 2, zero=2),
+)  # fmt: skip
+FOUR = (Case("t5", 2, 2, "gpipe", 4), Case("llama", 2, 2, "interleaved", 4, zero=3))
+
+
+def run(ranks: int, cases: tuple[Case, ...], timeout: float) -> None:
+    ended = run_ranks(ranks, ["-m", "tests.distributed.cases", *map(str, cases)], timeout=timeout)
+    found = [json.loads(line) for line in ended[0].out.splitlines() if line.startswith("{")]
+    assert [f for f in found if f["count"]] == []
+    assert len(found) == len(cases), "\n".join(e.err[-3000:] for e in ended)
+    assert [e.code for e in ended] == [0] * ranks
+
+
+def test_two_ranks_compute_what_one_process_computes() -> None:
+    run(2, TWO, 180)
+
+
+@pytest.mark.slow
+def test_four_ranks_compute_what_one_process_computes() -> None:
+    run(4, FOUR, 180)
+
+
+@pytest.mark.distributed_full
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
+def test_every_plan_computes_what_one_process_computes(ranks: int) -> None:
+    cases = tuple(product_of(ranks))
+    for start in range(0, len(cases), 40):
+        run(ranks, cases[start : start + 40], 1800)
