@@ -21,11 +21,14 @@ def _same_numbers_every_time() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip by name what this machine cannot run."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip by name what this machine cannot run, and what runs only when asked for."""
+    asked = "distributed_full" in str(config.getoption("-m"))
     no_zoo = None if (zoo_dir() / "zoo.py").is_file() else f"no model zoo at {zoo_dir()} (PARTITA_ZOO names another)"
     no_cuda = _no_cuda() if any(item.get_closest_marker("cuda") for item in items) else None
     for item in items:
+        if not asked and item.get_closest_marker("distributed_full"):
+            item.add_marker(pytest.mark.skip(reason="the whole product takes an hour: pytest -m distributed_full"))
         if no_zoo and item.get_closest_marker("zoo"):
             item.add_marker(pytest.mark.skip(reason=no_zoo))
         if no_cuda and item.get_closest_marker("cuda"):
