@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -164,23 +165,90 @@ class LinearReLU(nn.Module):
         return F.relu(self.layer(x))
 
 
+class Encoder(nn.Module):
+    """Whisper's: two convolutions over time, the second halving it, then blocks over the sequence."""
+
+    def __init__(self, mels: int, frames: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv1d(mels, width, 3, 1, 1), nn.Conv1d(width, width, 3, 2, 1)
+        self.positions = nn.Parameter(torch.randn(frames // 2, width) * 0.02)
+        self.blocks = nn.ModuleList(Block(width, heads, causal=False) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        x = F.gelu(self.conv2(F.gelu(self.conv1(mel)))).transpose(1, 2) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class CrossBlock(nn.Module):
+    """A decoder's block: it looks at what was said before, then at the sound."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.own, self.norm = Block(width, heads, causal=True), nn.LayerNorm(width)
+        self.query, self.keys, self.project = (
+            nn.Linear(width, width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+        )
+
+    def forward(self, x: torch.Tensor, sound: torch.Tensor) -> torch.Tensor:
+        x = self.own(x)
+        n, t, c = x.shape
+        q = self.query(self.norm(x)).view(n, t, self.heads, -1).transpose(1, 2)
+        k, v = self.keys(sound).view(n, sound.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.project(y.transpose(1, 2).reshape(n, t, c))
+
+
+class Speech(nn.Module):
+    """An encoder-decoder in Whisper's shape: log-mel frames and the words so far to scores of the next word."""
+
+    def __init__(self, mels: int, frames: int, words: int, context: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.encoder = Encoder(mels, frames, width, depth, heads)
+        self.embedding = Embedding(words, context, width)
+        self.decoder = nn.ModuleList(CrossBlock(width, heads) for _ in range(depth))
+        self.head = nn.Linear(width, words, bias=False)
+
+    def forward(self, mel: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        sound, x = self.encoder(mel), self.embedding(words)
+        for block in self.decoder:
+            x = block(x, sound)
+        return self.head(x)
+
+
 def cross_entropy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The mean loss over every predicted place."""
     return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
 
+Inputs = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+def as_args(x: Inputs) -> tuple[torch.Tensor, ...]:
+    """A workload's input as the arguments of a call."""
+    return x if isinstance(x, tuple) else (x,)
+
+
 @dataclass(frozen=True)
 class Workload:
-    """A model with a batch of data, and by which names it is divided by hand (``chain`` and ``names`` match)."""
+    """A model with a batch of data, and by which names it is divided by hand (``chain`` and ``names`` match).
+
+    ``data``: what goes in (a tuple where the model takes several tensors) and the target. ``chain`` None: no chain.
+    """
 
     make: Callable[[], nn.Module]
-    data: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    chain: Callable[[nn.Module], list[nn.Module]]
+    data: Callable[[], tuple[Inputs, torch.Tensor]]
+    chain: Callable[[nn.Module], list[nn.Module]] | None
     names: Callable[[nn.Module], list[tuple[str, ...]]]
     batch: int
     couples_batch: bool = False
 
-    def build(self) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    def build(self) -> tuple[nn.Module, Any, torch.Tensor]:
         """The same weights and data in every process."""
         torch.manual_seed(0)
         model = self.make()
@@ -230,11 +298,27 @@ def _mlp(batch: int = 256) -> Workload:
     )
 
 
+def _speech(batch: int = 8) -> Workload:
+    return Workload(
+        make=lambda: Speech(80, 300, 2048, 48, 256, 4, 4),
+        data=lambda: (
+            (torch.randn(batch, 80, 300), torch.randint(2048, (batch, 48))), torch.randint(2048, (batch, 48))
+        ),
+        chain=None,
+        names=lambda m: [
+            ("encoder.conv1", "encoder.conv2"), *((f"encoder.blocks.{i}",) for i in range(len(m.encoder.blocks))),
+            ("encoder.norm", "embedding"), *((f"decoder.{i}",) for i in range(len(m.decoder))), ("head",),
+        ],
+        batch=batch,
+    )  # fmt: skip
+
+
 WORKLOADS: dict[str, Workload] = {
     "gpt30m": _gpt(4096, 512, 8, 8),
     "gpt10m": _gpt(256, 384, 6, 6),
     "vit": _vit(),
     "resnet": _resnet(),
     "mlp": _mlp(),
+    "speech": _speech(),
     "tiny": _gpt(64, 32, 2, 2, batch=8, context=16),  # for tests: finishes in seconds, says nothing about speed
 }

@@ -12,6 +12,8 @@ import textwrap
 import threading
 import time
 import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch import nn
 import partita
 from partita.errors import ExecutionError
 from partita.runtime.module import ParallelModule
+from partita.runtime.team import Team
 
 pytestmark = [pytest.mark.timeout(90), pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -297,3 +300,23 @@ def test_a_forked_child_starts_threads_of_its_own() -> None:
         """)
     )
     assert code == 0 and "child" in out and "parent" in out, (code, out, err)
+
+
+def test_a_worker_computes_with_as_many_threads_as_it_has_cores() -> None:
+    """Whatever the process's default: two threads on one core would wait for each other at every op."""
+    found: dict[str, int] = {}
+    cores = tuple(sorted(os.sched_getaffinity(0))[:1])
+
+    def ask(name: str) -> Callable[[], None]:
+        return lambda: found.update({name: torch.get_num_threads()})
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        team = Team(tuple(replace(device, cores=cores) for device in cluster(2).devices))
+        team.run({device.name: ask(device.name) for device in team.devices}, lambda: None)
+        assert torch.get_num_threads() == 2
+        team.close()
+    finally:
+        torch.set_num_threads(before)
+    assert found == {"cpu:0": 1, "cpu:1": 1}

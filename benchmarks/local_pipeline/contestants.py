@@ -1,12 +1,14 @@
 """The contestants: each builds the workload in a process of its own and then runs one training step when told.
 
-A step is zero_grad, forward, loss, backward; the optimizer's step only where asked for. Settings a contestant may
-choose (microbatches, split point, threads) are tried at the start and the fastest kept.
+A step is zero_grad, forward, loss, backward; the optimizer's step only where asked for; an inference is a forward in
+eval mode under ``no_grad``. Settings a contestant may choose (microbatches, split point) are tried at the start and the
+fastest kept (``quick``: the middle one taken untried).
 """
 
 from __future__ import annotations
 
 import contextlib
+import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -15,23 +17,42 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models import WORKLOADS, Workload, cross_entropy
+from benchmarks.models import WORKLOADS, Workload, as_args, cross_entropy
 
 Step = Callable[[], torch.Tensor | float]
+QUICK = False  # in a contestant's process: settings are taken untried
 
 
 @dataclass
 class Ready:
-    """A contestant that can run: ``step`` returns its loss and leaves gradients in ``model``. ``note``: settings."""
+    """A contestant that can run: ``step`` returns its loss and leaves gradients in ``model``. ``note``: settings.
+
+    ``forward``: what an inference calls (every rank its part); None where it has no way to.
+    """
 
     step: Step
     model: nn.Module
     note: str
+    forward: Callable[[], object] | None = None
+
+    def infer(self) -> None:
+        """One forward in eval mode."""
+        if self.forward is None:
+            raise NotImplementedError("no way to run inference")
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                self.forward()
+        finally:
+            self.model.train()
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """``ranks``: processes it needs. ``cores``: of the two, those it may use, per rank. ``threads``: of OpenMP."""
+    """``ranks``: processes it needs. ``cores``: of the two, those it may use, per rank. ``threads``: of OpenMP.
+
+    ``lines``: that a user adds to a plain training script or changes in it, launch and hand-written parts included.
+    """
 
     name: str
     title: str
@@ -40,6 +61,7 @@ class Contestant:
     cores: tuple[tuple[int, ...], ...] = ((0, 1),)
     threads: int | None = None
     pinned: bool = False
+    lines: int = 0
 
 
 def clear(parameters: Sequence[nn.Parameter]) -> None:
@@ -64,18 +86,35 @@ def fastest(steps: Mapping[str, Step], *, repeats: int = 2) -> str:
 # -- plain PyTorch -------------------------------------------------------------------------------------------------
 
 
-def plain(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready:
-    model, x, target = work.build()
+def _ordinary(call: Callable[..., torch.Tensor], model: nn.Module, x: Any, target: torch.Tensor, note: str) -> Ready:
+    """Ready for what is called like a module on the whole batch."""
     parameters = list(model.parameters())
 
     def step() -> torch.Tensor:
         clear(parameters)
-        loss = cross_entropy(model(x), target)
+        loss = cross_entropy(call(*as_args(x)), target)
         loss.backward()
         return loss.detach()
 
+    return Ready(step, model, note, lambda: call(*as_args(x)))
+
+
+def plain(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready:
+    model, x, target = work.build()
     threads = torch.get_num_threads()
-    return Ready(step, model, f"{threads} thread{'s' if threads > 1 else ''}")
+    return _ordinary(model, model, x, target, f"{threads} thread{'s' if threads > 1 else ''}")
+
+
+def compiled(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready:
+    model, x, target = work.build()
+    return _ordinary(torch.compile(model), model, x, target, f"{torch.get_num_threads()} threads")
+
+
+def chain_of(work: Workload, model: nn.Module) -> list[nn.Module]:
+    """Its parts in order. Raises ValueError for a model that is no chain."""
+    if work.chain is None:
+        raise ValueError("this model is no chain of modules; it would have to be rewritten as one")
+    return work.chain(model)
 
 
 # -- torchgpipe ----------------------------------------------------------------------------------------------------
@@ -85,27 +124,18 @@ def torchgpipe(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready:
     from torchgpipe import GPipe
 
     model, x, target = work.build()
-    chain = nn.Sequential(*work.chain(model))
-    parameters = list(model.parameters())
+    chain = nn.Sequential(*chain_of(work, model))
 
-    def make(cut: int, chunks: int) -> Step:
+    def make(cut: int, chunks: int) -> Ready:
         divided = GPipe(
             chain, balance=[cut, len(chain) - cut], devices=["cpu", "cpu"], chunks=chunks, checkpoint="never"
         )
-
-        def step() -> torch.Tensor:
-            clear(parameters)
-            loss = cross_entropy(divided(x), target)
-            loss.backward()
-            return loss.detach()
-
-        return step
+        return _ordinary(divided, model, x, target, f"split before part {cut}, {chunks} microbatches")
 
     middle = len(chain) // 2
-    tries = {f"split before part {middle}, {chunks} microbatches": (middle, chunks) for chunks in (2, 4, 8)}
-    steps = {key: make(*settings) for key, settings in tries.items()}
-    best = fastest(steps)
-    return Ready(steps[best], model, best)
+    tries = {str(chunks): make(middle, chunks) for chunks in (2, 4, 8)}
+    best = "4" if QUICK else fastest({key: ready.step for key, ready in tries.items()})
+    return tries[best]
 
 
 # -- torch.distributed.pipelining ----------------------------------------------------------------------------------
@@ -122,14 +152,21 @@ def torch_pipeline(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
     model, x, target = work.build()
-    chain = work.chain(model)
+    chain = chain_of(work, model)
     device = torch.device("cpu")
     parameters = list(model.parameters())
 
-    def make(cut: int, microbatches: int) -> Step:
+    def make(cut: int, microbatches: int, *, train: bool = True) -> Step:
         part = nn.Sequential(*([*chain[:cut], Contiguous()] if rank == 0 else chain[cut:]))
         stage = PipelineStage(part, rank, 2, device)
-        schedule = Schedule1F1B(stage, microbatches, loss_fn=cross_entropy)
+        schedule = Schedule1F1B(stage, microbatches, loss_fn=cross_entropy if train else None)
+        if not train:
+
+            def evaluate() -> float:
+                schedule.eval(*((x,) if rank == 0 else ()))
+                return float("nan")
+
+            return evaluate
 
         def step() -> float:
             clear(parameters)
@@ -160,9 +197,18 @@ def torch_pipeline(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready
 
     middle = len(chain) // 2
     cuts = [c for c in range(middle - 1, middle + 3) if 0 < c < len(chain)]
-    cut, _ = best_of([(c, 4) for c in cuts])
-    cut, microbatches = best_of([(cut, m) for m in (2, 4, 8)])
-    return Ready(make(cut, microbatches), model, f"split before part {cut}, {microbatches} microbatches")  # fmt: skip
+    cut, microbatches = middle, 4
+    if not QUICK:
+        cut, _ = best_of([(c, 4) for c in cuts])
+        cut, microbatches = best_of([(cut, m) for m in (2, 4, 8)])
+    forward: list[Step] = []
+
+    def infer() -> None:
+        if not forward:
+            forward.append(make(cut, microbatches, train=False))
+        forward[0]()
+
+    return Ready(make(cut, microbatches), model, f"split before part {cut}, {microbatches} microbatches", infer)
 
 
 # -- data parallel -------------------------------------------------------------------------------------------------
@@ -172,18 +218,57 @@ def ddp(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready:
     from torch.nn.parallel import DistributedDataParallel
 
     model, x, target = work.build()
-    half = work.batch // 2
-    mine = slice(0, half) if rank == 0 else slice(half, None)
-    x, target = x[mine], target[mine]
     divided = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return _half(divided, model, x, target, rank, work.batch)
+
+
+def _half(divided: nn.Module, model: nn.Module, x: Any, target: torch.Tensor, rank: int, batch: int) -> Ready:
+    """Ready for ranks that each train on half the batch."""
+    mine = slice(0, batch // 2) if rank == 0 else slice(batch // 2, None)
+    args, target = tuple(t[mine] for t in as_args(x)), target[mine]
 
     def step() -> float:
         divided.zero_grad(set_to_none=True)
-        loss = cross_entropy(divided(x), target)
+        loss = cross_entropy(divided(*args), target)
         loss.backward()
         return loss.item()
 
-    return Ready(step, model, "half the batch on each rank")
+    return Ready(step, model, "half the batch on each rank", lambda: divided(*args))
+
+
+def fsdp2(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, x, target = work.build()
+    mesh = init_device_mesh("cpu", (2,))
+    for group in work.names(model):
+        for name in group:
+            fully_shard(model.get_submodule(name), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return _half(model, model, x, target, rank, work.batch)
+
+
+def tensor_parallel(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready:
+    """``parallelize_module`` as its tutorial has it: the two halves of each MLP by columns and by rows; what the plain
+    modules' own reshaping of attention heads allows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model, x, target = work.build()
+    mesh = init_device_mesh("cpu", (2,))
+    known = {name for name, _ in model.named_modules()}
+    plan: dict[str, Any] = {}
+    for name in known:
+        if name.endswith(".up"):
+            plan |= {name: ColwiseParallel(), name.removesuffix("up") + "down": RowwiseParallel()}
+    layers = sorted(n for n in known if n.startswith("layers.") and n.count(".") == 1)
+    for first, second in zip(layers[::2], layers[1::2], strict=False):
+        plan |= {first: ColwiseParallel(), second: RowwiseParallel()}
+    if not plan:
+        raise ValueError("parallelize_module has no style for this model's layers")
+    divided = parallelize_module(model, mesh, plan)
+    return _ordinary(divided, model, x, target, f"{len(plan)} linear layers divided")
 
 
 # -- accelerate ----------------------------------------------------------------------------------------------------
@@ -193,18 +278,9 @@ def accelerate(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready:
     from accelerate import dispatch_model
 
     model, x, target = work.build()
-    names = work.names(model)
-    parameters = list(model.parameters())
-    device_map = {name: "cpu" for part in names for name in part}
+    device_map = {name: "cpu" for part in work.names(model) for name in part} if work.chain else {"": "cpu"}
     model = dispatch_model(model, device_map, main_device="cpu", force_hooks=True)
-
-    def step() -> torch.Tensor:
-        clear(parameters)
-        loss = cross_entropy(model(x), target)
-        loss.backward()
-        return loss.detach()
-
-    return Ready(step, model, "one device at a time; 2 threads")
+    return _ordinary(model, model, x, target, "one device at a time; 2 threads")
 
 
 # -- partita -------------------------------------------------------------------------------------------------------
@@ -219,7 +295,7 @@ def partita_automatic(work: Workload, rank: int, sync: Callable[..., Any], *, ca
     import partita
 
     model, x, target = work.build()
-    pm = partita.parallelize(model, example_args=(x,), devices=["cpu", "cpu"], loss_fn=cross_entropy)
+    pm = partita.parallelize(model, example_args=as_args(x), devices=["cpu", "cpu"], loss_fn=cross_entropy)
     return _partita(pm, model, x, target, call, describe(pm.plan))
 
 
@@ -227,20 +303,25 @@ def partita_call(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready:
     return partita_automatic(work, rank, sync, call=True)
 
 
-def _partita(pm: Any, model: nn.Module, x: torch.Tensor, target: torch.Tensor, call: bool, note: str) -> Ready:
+def _partita(pm: Any, model: nn.Module, x: Any, target: torch.Tensor, call: bool, note: str) -> Ready:
+    import partita
+
     parameters = list(model.parameters())
+    forward: list[Any] = []  # a plan for inference, made at its first use
 
     def train_step() -> torch.Tensor:
         clear(parameters)
-        return pm.train_step(x, target)
+        return pm.train_step(*as_args(x), target)
 
-    def call_and_backward() -> torch.Tensor:
-        clear(parameters)
-        loss = cross_entropy(pm(x), target)
-        loss.backward()
-        return loss.detach()
+    def infer() -> None:
+        if not forward:
+            forward.append(
+                partita.parallelize(model, as_args(x), devices=["cpu", "cpu"], objective="inference")
+            )  # fmt: skip
+        forward[0](*as_args(x))
 
-    return Ready(call_and_backward if call else train_step, model, note)
+    ready = _ordinary(pm, model, x, target, note)
+    return Ready(ready.step if call else train_step, model, note, infer)
 
 
 def _partita_pipeline(schedule: str) -> Callable[..., Ready]:
@@ -251,7 +332,7 @@ def _partita_pipeline(schedule: str) -> Callable[..., Ready]:
 
         model, x, target = work.build()
         pm = partita.parallelize(
-            model, example_args=(x,), devices=["cpu", "cpu"], loss_fn=cross_entropy,
+            model, example_args=as_args(x), devices=["cpu", "cpu"], loss_fn=cross_entropy,
             constraints={"replicas": False, "schedule": schedule},
         )  # fmt: skip
         stages, parts = len(pm.plan.stages), pm.plan.batch.microbatches
@@ -268,14 +349,18 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant("plain2", "PyTorch, 2 threads, pinned", plain, threads=2, pinned=True),
         Contestant("plain2-free", "PyTorch, 2 threads, not pinned", plain, threads=2),
         Contestant("plain1", "PyTorch, 1 thread", plain, cores=((0,),), threads=1),
-        Contestant("torchgpipe", "torchgpipe", torchgpipe, threads=2),
-        Contestant("pipelining", "torch pipelining 1F1B, 2 ranks", torch_pipeline, 2, APART, 1),
-        Contestant("ddp", "DDP, 2 ranks", ddp, 2, APART, 1),
-        Contestant("accelerate", "accelerate dispatch_model", accelerate, threads=2, pinned=True),
-        Contestant("partita", "partita automatic, train_step", partita_automatic),
-        Contestant("partita-call", "partita automatic, pm(x) + backward", partita_call),
-        Contestant("partita-1f1b", "partita pipeline plan, 1f1b", _partita_pipeline("1f1b")),
-        Contestant("partita-zb", "partita pipeline plan, zero_bubble", _partita_pipeline("zero_bubble")),
+        Contestant("compile2", "torch.compile, 2 threads, pinned", compiled, threads=2, pinned=True, lines=1),
+        Contestant("compile1", "torch.compile, 1 thread", compiled, cores=((0,),), threads=1, lines=1),
+        Contestant("torchgpipe", "torchgpipe", torchgpipe, threads=2, lines=4),
+        Contestant("pipelining", "torch pipelining 1F1B, 2 ranks", torch_pipeline, 2, APART, 1, lines=14),
+        Contestant("ddp", "DDP, 2 ranks", ddp, 2, APART, 1, lines=6),
+        Contestant("fsdp2", "FSDP2, 2 ranks", fsdp2, 2, APART, 1, lines=9),
+        Contestant("tensor", "parallelize_module, 2 ranks", tensor_parallel, 2, APART, 1, lines=10),
+        Contestant("accelerate", "accelerate dispatch_model", accelerate, threads=2, pinned=True, lines=2),
+        Contestant("partita", "partita automatic, train_step", partita_automatic, lines=2),
+        Contestant("partita-call", "partita automatic, pm(x) + backward", partita_call, lines=1),
+        Contestant("partita-1f1b", "partita pipeline plan, 1f1b", _partita_pipeline("1f1b"), lines=2),
+        Contestant("partita-zb", "partita pipeline plan, zero_bubble", _partita_pipeline("zero_bubble"), lines=2),
     )
 }
 
@@ -307,8 +392,24 @@ def _group(contestant: Contestant, rank: int, rendezvous: str) -> Iterator[Calla
         dist.destroy_process_group()
 
 
-def serve(connection: Any, name: str, workload: str, rank: int, rendezvous: str, optimizer: bool) -> None:
-    """Answers ('step', n) with n losses, ('gradients', path) after saving them, ('end',). Errors go back as text."""
+def _whole(grad: torch.Tensor) -> torch.Tensor:
+    """A gradient that ranks hold in parts (a DTensor), put together; every rank must ask at the same time."""
+    put_together = getattr(grad, "full_tensor", None)
+    return put_together() if put_together is not None else grad
+
+
+def peak_bytes() -> int:
+    """The most memory this process has had so far (Linux: resident)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def serve(
+    connection: Any, name: str, workload: str, rank: int, rendezvous: str, optimizer: bool, quick: bool = False
+) -> None:
+    """Answers ('step', n) with the last of n losses, ('infer', n) after n forwards, ('gradients', path) after saving
+    them, ('peak', None) with bytes, ('end', None). Errors go back as text."""
+    global QUICK
+    QUICK = quick
     contestant, work = CONTESTANTS[name], WORKLOADS[workload]
     if contestant.threads is not None:
         torch.set_num_threads(contestant.threads)
@@ -322,9 +423,17 @@ def serve(connection: Any, name: str, workload: str, rank: int, rendezvous: str,
                 if word == "end":
                     return
                 if word == "gradients":
-                    grads = {n: p.grad for n, p in ready.model.named_parameters() if p.grad is not None}
+                    grads = {n: _whole(p.grad) for n, p in ready.model.named_parameters() if p.grad is not None}
                     torch.save(grads, argument)
                     connection.send(("done", None))
+                    continue
+                if word == "peak":
+                    connection.send(("done", peak_bytes()))
+                    continue
+                if word == "infer":
+                    for _ in range(argument):
+                        ready.infer()
+                    connection.send(("done", float("nan")))
                     continue
                 loss = float("nan")
                 for _ in range(argument):

@@ -28,7 +28,7 @@ class Failed(Exception):
 class Guest:
     """One contestant: its processes (idle, blocked on a pipe, while others run) and what it said of itself."""
 
-    def __init__(self, name: str, workload: str, *, folder: Path, optimizer: bool) -> None:
+    def __init__(self, name: str, workload: str, *, folder: Path, optimizer: bool, quick: bool = False) -> None:
         from benchmarks.local_pipeline.contestants import CONTESTANTS
 
         self.name = name
@@ -45,7 +45,7 @@ class Guest:
             mine = {cores[c % len(cores)] for c in self.about.cores[rank]}
             with _environment(self.about.threads, sorted(mine) if self.about.pinned else []):
                 process = spawn.Process(
-                    target=_enter, args=(there, name, workload, rank, rendezvous, optimizer, mine), daemon=True
+                    target=_enter, args=(there, name, workload, rank, rendezvous, optimizer, mine, quick), daemon=True
                 )
                 process.start()
             there.close()
@@ -64,13 +64,28 @@ class Guest:
         losses = [x for x in self._answers(120.0) if not isnan(x)]
         return (perf_counter() - start) / count, sum(losses) / len(losses)
 
+    def infer(self, count: int = 1) -> float:
+        """Seconds an inference of ``count`` in a row. Raises Failed."""
+        start = perf_counter()
+        for link in self._links:
+            link.send(("infer", count))
+        self._answers(120.0)
+        return (perf_counter() - start) / count
+
+    def peak_bytes(self) -> int:
+        """The most memory its processes have had, added up."""
+        for link in self._links:
+            link.send(("peak", None))
+        return int(sum(self._answers(60.0)))
+
     def gradients(self) -> dict[str, torch.Tensor]:
         """Every named gradient of the last step, from whichever rank holds it."""
         found: dict[str, torch.Tensor] = {}
-        for rank, link in enumerate(self._links):
-            path = self._folder / f"{self.name}-{rank}.pt"
+        paths = [self._folder / f"{self.name}-{rank}.pt" for rank in range(len(self._links))]
+        for link, path in zip(self._links, paths, strict=True):
             link.send(("gradients", str(path)))
-            self._answers(60.0, only=rank)
+        self._answers(60.0)
+        for path in paths:
             found.update(torch.load(path))
             path.unlink()
         return found
@@ -84,12 +99,10 @@ class Guest:
             if process.is_alive():
                 process.kill()
 
-    def _answers(self, seconds: float, *, only: int | None = None) -> list[Any]:
+    def _answers(self, seconds: float) -> list[Any]:
         found = []
         limit = perf_counter() + seconds
         for rank, link in enumerate(self._links):
-            if only is not None and rank != only:
-                continue
             while not link.poll(0.5):
                 if not self._processes[rank].is_alive():
                     raise Failed(f"its process ended with code {self._processes[rank].exitcode}")
@@ -125,9 +138,9 @@ def _environment(threads: int | None, pinned: list[int]) -> Iterator[None]:
 
 
 def _enter(
-    connection: Any, name: str, workload: str, rank: int, rendezvous: str, optimizer: bool, cores: set[int]
+    connection: Any, name: str, workload: str, rank: int, rendezvous: str, optimizer: bool, cores: set[int], quick: bool
 ) -> None:
     os.sched_setaffinity(0, cores)
     from benchmarks.local_pipeline.contestants import serve
 
-    serve(connection, name, workload, rank, rendezvous, optimizer)
+    serve(connection, name, workload, rank, rendezvous, optimizer, quick)

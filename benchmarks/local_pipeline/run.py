@@ -28,7 +28,10 @@ from benchmarks.local_pipeline.host import Failed, Guest
 from benchmarks.local_pipeline.stats import ratio
 from benchmarks.models import WORKLOADS
 
-RIVALS = ("plain2", "plain2-free", "torchgpipe", "pipelining", "ddp", "accelerate")
+RIVALS = (
+    "plain2", "plain2-free", "compile1", "compile2", "torchgpipe", "pipelining", "ddp", "fsdp2", "tensor", "accelerate"
+)  # fmt: skip
+SLOW = ("compile1", "compile2", "fsdp2", "tensor")  # left to benchmarks.rivals
 REFERENCE = "plain1"
 TURN_SECONDS = 0.15
 QUIET_SECONDS = 0.01
@@ -177,7 +180,11 @@ def _halved(base: list[float], own: list[float], ideal: float) -> object:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.local_pipeline", description=__doc__)
     parser.add_argument("--models", default="gpt30m,gpt10m,vit,resnet,mlp", help="of: " + ", ".join(WORKLOADS))
-    parser.add_argument("--only", default=",".join(CONTESTANTS), help="contestants; plain1 is always among them")
+    parser.add_argument(
+        "--only",
+        default=",".join(n for n in CONTESTANTS if n not in SLOW),
+        help="contestants; plain1 is always among them",
+    )
     parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant (default 9)")
     parser.add_argument("--optimizer", action="store_true", help="AdamW's step is part of a training step")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")

@@ -29,10 +29,12 @@ def measure_call(
     kwargs: Mapping[str, Any] | None = None,
     *,
     train: bool = True,
+    again: bool = False,
 ) -> Measured | None:
     """Timings of the model's parts on this machine's devices, with the call's own tensors; None where that is not
     possible (no real tensors, devices that are not here, user code that should not run twice) or not worth it (a step
     of less than 2 ms). A failure is told as a warning: planning then goes by counts.
+    ``again``: measured now, whatever is kept on disk.
     """
     if not _possible(captured, cluster):
         return None
@@ -52,7 +54,7 @@ def measure_call(
         return None
     try:
         return profile(
-            captured, layouts(captured.graph), cluster, given=given, parameters=weights, train=train,
+            captured, layouts(captured.graph), cluster, given=given, parameters=weights, train=train, again=again,
             budget_seconds=min(BUDGET_SECONDS, max(LEAST_BUDGET, STEPS_WORTH * step)),
         )  # fmt: skip
     except Exception as error:

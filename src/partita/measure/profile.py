@@ -25,10 +25,11 @@ from partita.cost.affine import Affine, through
 from partita.cost.blocks import Block, profile_units
 from partita.cost.measured import Measured, Timing
 from partita.cost.memory import shares_memory
-from partita.lower import divides, lower
+from partita.lower import lower
 from partita.measure import store
 from partita.measure.progress import progress_bar
 from partita.measure.rehearsal import Rehearsal, scene
+from partita.phases import divides
 from partita.plan import Batch, Plan, Stage
 from partita.program import Program
 from partita.runtime.local import torch_device
@@ -82,18 +83,19 @@ def profile(
     train: bool = True,
     progress: bool = True,
     budget_seconds: float = BUDGET_SECONDS,
+    again: bool = False,
 ) -> Measured:
     """Timings of the graph's units on the kinds of devices in the cluster, all of which must be here.
 
     ``given``: the call's tensors and the model's buffers by Graph name (left as they are); ``sizes``: samples of the
     microbatches to time (none: a replica's share of the batch and a quarter of that). What was measured before on this
-    machine is read from disk. ``budget_seconds`` bounds the repeats, not the first run of each unit.
+    machine is read from disk, but for ``again``. ``budget_seconds`` bounds the repeats, not the first run of each unit.
     """
     batch_layouts = _timed_as(captured, batch_layouts)
     parts = profile_units(captured.graph)
     counts = _sizes(captured, batch_layouts, cluster, sizes)
     known = store.read(parts, cluster, counts, train)
-    if _complete(known, parts, cluster):
+    if _complete(known, parts, cluster) and not again:
         return known
     fresh: dict[tuple[str, str], Timing] = {}
     groups = _groups(cluster)

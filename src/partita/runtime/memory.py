@@ -171,14 +171,18 @@ def _owners(
     if bound.engine is None:  # runs as its Python goes: every part is counted where its calls run
         return {d.name: ([], []) for d in parallel._team.devices}
     program, parameters = bound.engine.lowered(bound.captured.graph.batch, train).step, bound.parameters
-    found: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {d: ([], []) for d in program.devices}
+    found: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {
+        member: ([], []) for d in program.devices for member in program.members(d)
+    }
     users: dict[str, set[str]] = {}
     for segment, places in zip(program.segments, program.placement, strict=True):
         for use in segment.uses:
             if use.tensor in parameters:
-                users.setdefault(use.tensor, set()).update(places)
+                users.setdefault(use.tensor, set()).update(m for place in places for m in program.members(place))
     for name, devices in users.items():
-        keeper, *others = sorted(devices & set(found), key=program.devices.index)
+        if not devices & set(found):  # the caller alone uses it
+            continue
+        keeper, *others = sorted(devices & set(found), key=list(found).index)
         found[keeper][0].append(parameters[name])
         for device in others:
             found[device][1].append(parameters[name])

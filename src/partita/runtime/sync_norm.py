@@ -5,23 +5,29 @@
 
 The statistics combine exactly (Chan, Golub and LeVeque 1983); running averages are updated once. Every device must run
 the op at the same time, so a plan may use it only where a stage has as many replicas as there are microbatches.
+
+PyTorch takes the statistics of a contiguous tensor value by value on CPUs; the sums that its backward takes are
+vectorised and six times as fast, so they are used here (``statistics``).
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from partita.runtime.transport import Stopped
 
-Stats = tuple[torch.Tensor, ...]
+PATIENCE = 3e-4  # seconds to look again and again before a thread goes to sleep: waking up takes as long
 
 
-class Meeting:
+class Gathering:
     """Where ``parties`` threads each bring a value and leave with everybody's, in order of rank."""
+
+    keeps_own = False  # the running averages are one memory, which rank 0 updates
 
     def __init__(self, parties: int, stopped: Callable[[], bool]) -> None:
         self.parties = parties
@@ -37,6 +43,10 @@ class Meeting:
             found[rank] = value
             if len(found) == self.parties:
                 self._changed.notify_all()
+        limit = time.perf_counter() + PATIENCE
+        while len(found) < self.parties and time.perf_counter() < limit:
+            time.sleep(0)
+        with self._changed:
             while len(found) < self.parties:
                 if self._stopped():
                     raise Stopped
@@ -50,9 +60,40 @@ class Meeting:
 _current = threading.local()
 
 
-def join(meeting: Meeting | None, rank: int) -> None:
-    """The calling thread's meeting and its rank there, for the ops it is about to run."""
+class Gathers(Protocol):
+    """A Gathering, of threads or of processes. ``keeps_own``: each party has running averages of its own."""
+
+    @property
+    def keeps_own(self) -> bool: ...
+
+    def gather(self, key: Hashable, rank: int, value: Any) -> list[Any]: ...
+
+
+def join(meeting: Gathers | None, rank: int) -> None:
+    """The calling thread's gathering and its rank there, for the ops it is about to run."""
     _current.meeting, _current.rank = meeting, rank
+
+
+MOST_OFF = 4.0  # deviations a mean may be from 0: its square times float32's rounding is what the variance loses
+
+
+def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance of each channel (dim 1) of ``x``.
+
+    var = sum(x (x - mean)) / n, less mean (sum(x) - n mean) / n for the rounding of the mean: right to a few roundings
+    where the mean is within ``MOST_OFF`` deviations of 0; elsewhere PyTorch's own.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() > 2 and x.is_contiguous():
+        count = x.numel() // x.shape[1]
+        mean = x.sum((0, *range(2, x.dim()))) / count
+        _, products, sums = torch.ops.aten.native_batch_norm_backward(
+            x, x, None, None, None, mean, torch.ones_like(mean), True, 0.0, [False, True, True]
+        )
+        var = products.sub_(mean * sums.sub_(mean, alpha=count)).div_(count)
+        if bool((mean * mean <= MOST_OFF**2 * var).all()):
+            return mean, var
+    found: tuple[torch.Tensor, torch.Tensor] = torch.batch_norm_update_stats(x, None, None, 0.0)
+    return found
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -63,12 +104,12 @@ class _BatchNorm(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         meeting, rank = _current.meeting, _current.rank
         count = x.numel() // x.shape[1]
-        mean, var = torch.batch_norm_update_stats(x, None, None, momentum)
+        mean, var = statistics(x)
         parts = meeting.gather((key, "forward"), rank, (count, mean, var))
         total = sum(n for n, _, _ in parts)
         mean = sum(n * m for n, m, _ in parts) / total
         var = sum(n * (v + (m - mean) ** 2) for n, m, v in parts) / total
-        if rank == 0 and running[0] is not None and running[1] is not None:
+        if (rank == 0 or meeting.keeps_own) and running[0] is not None and running[1] is not None:
             running[0].mul_(1 - momentum).add_(mean, alpha=momentum)
             running[1].mul_(1 - momentum).add_(var * (total / max(total - 1, 1)), alpha=momentum)
         ctx.save_for_backward(x, weight, mean, var)

@@ -29,6 +29,7 @@ def _serve(jobs: Inbox, device: Device, ready: threading.Event) -> None:
         if device.cores:
             with contextlib.suppress(OSError, AttributeError):
                 os.sched_setaffinity(0, device.cores)
+            torch.get_num_threads()  # a thread takes the default when it first asks; what it sets before that is lost
             torch.set_num_threads(len(device.cores))
     finally:
         ready.set()

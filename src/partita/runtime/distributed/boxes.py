@@ -40,14 +40,15 @@ class Boxes:
 
 
 def boxes(program: Program, names: Iterable[str], size: int, division: Division | None) -> dict[str, Boxes]:
-    """By graph name, of the parameters that the program uses; all ranks have those of its batch-independent part."""
+    """By graph name, of the parameters that the program uses; all ranks have those of its batch-independent part.
+    Their order is the same on every rank."""
     wanted, everyone = set(names), tuple(range(size))
     users: dict[str, set[Ranks]] = {}
     whole: set[str] = set()
     for segment, places in zip(program.segments, program.placement, strict=True):
-        used = {use.tensor for use in segment.uses} & wanted
+        used = sorted({use.tensor for use in segment.uses} & wanted)
         if segment.phase == "once":
-            whole |= used
+            whole.update(used)
             for name in used:
                 users.setdefault(name, set())
             continue

@@ -116,10 +116,10 @@ def share_buffers(world: World, state: StepState, changed: dict[int, tuple[str, 
             if rank == world.rank:
                 continue
             start = 0
-            with torch.no_grad():
-                for tensor in tensors:
-                    tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
-                    start += tensor.numel()
+            for tensor in tensors:
+                # Past the version counter: a batch norm that ran here too keeps its averages for backward, unread.
+                tensor.data.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
+                start += tensor.numel()
 
 
 class Agreement:
