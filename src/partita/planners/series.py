@@ -23,6 +23,7 @@ from partita.planners.labelling.problem import Floats, Ints
 from partita.sharding.eliminate import cheapest
 
 ENTRIES = 1 << 22
+EXACT = 1 << 62  # no table is given up
 
 
 @dataclass(slots=True)
@@ -47,7 +48,7 @@ def solve_series(problem: Problem, *, seconds: float = 60.0) -> Labelling:
     if core and _widest(left, core) <= ENTRIES:
         one = {v: left.costs[v] for v in core}
         two = {(a, b): table for a in core for b, table in left.adjacent[a].items() if a < b}
-        chosen, least = cheapest(one, two, limit=ENTRIES)
+        chosen, least = cheapest(one, two, limit=EXACT)
         for v, label in chosen.items():
             labels[v] = label
         bound = least
