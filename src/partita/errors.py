@@ -67,7 +67,7 @@ class VerificationError(PartitaError):
 
 
 class CheckpointError(PartitaError):
-    """A checkpoint that is damaged, of another model, or cannot be written. ``problems``: every finding, a line each."""
+    """A checkpoint that is damaged, of another model, or cannot be written. ``problems``: each finding, a line each."""
 
     def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
         super().__init__(message + "".join(f"\n  - {problem}" for problem in problems))

@@ -140,9 +140,16 @@ RECURRENT = MappingProxyType(
 """Numbers a layer keeps for backward per number of its output: gates and states (oneDNN's workspace for an LSTM)."""
 
 
+KEEPS_A_COPY = frozenset(
+    {"silu_", "hardswish_", "mish_", "gelu_", "hardsigmoid_", "clamp_", "clamp_min_", "clamp_max_", "abs_", "pow_",
+     "log_", "sin_", "cos_", "square_"}
+)  # fmt: skip
+"""In-place ops whose backward needs what they overwrite: autograd keeps a copy of it."""
+
+
 def workspace_bytes(graph: Graph, op: Op, samples: int) -> float:
-    """What backward needs beyond tensors of the graph: a recurrent layer's workspace, a max pooling's positions, and as
-    much as its result for code that cannot be looked into.
+    """What backward needs beyond tensors of the graph: a recurrent layer's workspace, a max pooling's positions, a copy
+    of what is overwritten, and as much as its result for code that cannot be looked into.
     """
     name = short(op.target)
     if not op.grad or not op.outputs or not op.outputs[0]:
@@ -152,7 +159,7 @@ def workspace_bytes(graph: Graph, op: Op, samples: int) -> float:
         counts = [a for a in op.args if isinstance(a, int) and not isinstance(a, bool)]
         layers = 1 if name.endswith("_cell") else max(counts[:1], default=1)
         return float(RECURRENT[name] * layers * out.nbytes(samples))
-    if name.startswith("opaque:"):
+    if name.startswith("opaque:") or (name in KEEPS_A_COPY and out.needs_grad):
         return float(out.nbytes(samples))
     if name.startswith(("max_pool", "adaptive_max_pool")) and not any(op.outputs[1:]):
         return 8.0 * prod(out.shape_at(samples))
