@@ -24,7 +24,9 @@ from dividing import cluster, divided
 from torch import nn
 
 import partita
+from partita.api import parallelize
 from partita.errors import ExecutionError
+from partita.plan import Batch, Plan, Stage
 from partita.runtime.module import ParallelModule
 from partita.runtime.team import Team
 
@@ -98,6 +100,16 @@ def test_an_error_in_user_code_forward_or_backward_reaches_the_caller(where: str
     assert "stage 1 on cpu:1" in str(caught.value)
     Picky.fail = ""
     parallel(x, ids).sum().backward()
+
+
+def test_an_error_in_backward_of_divided_ops_names_their_modules() -> None:
+    x, ids = torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
+    plan = Plan((Stage(("cpu:0", "cpu:1"), ("",), tensor=2),), batch=Batch(4, 1))
+    parallel = parallelize(Fails(), (x, ids), plan=plan, devices=2, profile=False)
+    Picky.fail = "backward"
+    with pytest.raises(ExecutionError, match="not backwards either") as caught:
+        parallel(x, ids).sum().backward()
+    assert "backward of stage 0 on cpu:" in str(caught.value) and "modules 'a' to " in str(caught.value)
 
 
 def test_an_error_in_a_live_model_keeps_its_type_and_says_which_module_and_device() -> None:

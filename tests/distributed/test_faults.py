@@ -35,6 +35,7 @@ def test_an_error_on_one_rank_is_named_on_the_others() -> None:
     assert "the cooling has failed" in text and "Traceback" not in text
 
 
+@pytest.mark.distributed_full
 def test_a_rank_that_stands_still_is_found_and_ended() -> None:
     (text,) = ends("hang", "forward", 1)
     assert "stood still" in text and "the forward of microbatch" in text

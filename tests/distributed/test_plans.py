@@ -10,12 +10,18 @@ import pytest
 from tests.distributed.cases import Case, product_of
 from tests.distributed.spawn import run_ranks
 
-# Each family once, each schedule, each ZeRO level; the whole product: pytest -m distributed_full
+# Each family once, stages, replicas, members and ZeRO levels; the whole product: pytest -m distributed_full
 TWO = (
-    Case("gpt", 2, 1, "1f1b", 4), Case("tied", 2, 1, "zero_bubble", 4), Case("cnn", 1, 2, "1f1b", 2),
-    Case("moe", 1, 2, "1f1b", 2, zero=3), Case("vit", 1, 2, "1f1b", 3, zero=1), Case("llama", 1, 2, "1f1b", 2, zero=2),
+    Case("gpt", 2, 1, "1f1b", 4), Case("t5", 2, 1, "zero_bubble", 4), Case("cnn", 1, 1, "1f1b", 1, tp=2),
+    Case("vit", 1, 1, "1f1b", 1, tp=2), Case("moe", 1, 2, "1f1b", 2, zero=3), Case("llama", 1, 2, "1f1b", 2, zero=2),
+    Case("tied", 1, 2, "1f1b", 3, zero=1),
 )  # fmt: skip
-FOUR = (Case("t5", 2, 2, "gpipe", 4), Case("llama", 2, 2, "interleaved", 4, zero=3))
+THREE = (Case("cnn", 1, 3, "1f1b", 3), Case("gpt", 3, 1, "1f1b", 4), Case("vit", 1, 3, "1f1b", 3, zero=3))
+FOUR = (
+    Case("t5", 2, 2, "gpipe", 4), Case("llama", 2, 2, "interleaved", 4, zero=3), Case("cnn", 2, 2, "1f1b", 4),
+    Case("cnn", 2, 1, "zero_bubble", 4, tp=2), Case("moe", 1, 2, "1f1b", 2, zero=3, tp=2),
+    Case("tied", 2, 2, "1f1b", 4, zero=3),
+)  # fmt: skip
 
 
 def run(ranks: int, cases: tuple[Case, ...], timeout: float) -> None:
@@ -30,9 +36,10 @@ def test_two_ranks_compute_what_one_process_computes() -> None:
     run(2, TWO, 180)
 
 
-@pytest.mark.slow
-def test_four_ranks_compute_what_one_process_computes() -> None:
-    run(4, FOUR, 180)
+@pytest.mark.distributed_full
+@pytest.mark.parametrize(("ranks", "cases"), [(3, THREE), (4, FOUR)])
+def test_more_ranks_compute_what_one_process_computes(ranks: int, cases: tuple[Case, ...]) -> None:
+    run(ranks, cases, 300)
 
 
 @pytest.mark.distributed_full

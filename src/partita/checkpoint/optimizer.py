@@ -133,7 +133,7 @@ def _region(value: torch.Tensor, owned: Owned, box: Box) -> torch.Tensor:
 
 
 def strangers(optimizer: object, model: Holdings) -> list[str]:
-    """Parameters that the optimizer has and the model has not, a line each."""
+    """Parameters that the optimizer has and the model has not, a line each (empty ones, of ranks with none, aside)."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
     return [
@@ -141,7 +141,7 @@ def strangers(optimizer: object, model: Holdings) -> list[str]:
         "make the optimizer from this model's parameters()"
         for g, group in enumerate(optimizer.param_groups)
         for i, parameter in enumerate(group["params"])
-        if id(parameter) not in model.parameters
+        if id(parameter) not in model.parameters and parameter.numel()
     ]
 
 

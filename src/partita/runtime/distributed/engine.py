@@ -55,7 +55,7 @@ class Shares:
     traffic: Traffic
     sums: Sums
     norms: GroupMeeting | None
-    changed: dict[int, tuple[str, ...]]
+    changed: dict[int, tuple[results.Changed, ...]]
     drawer: int
     draws: bool
     uses: frozenset[str]
@@ -154,14 +154,12 @@ class Distributed(Local):
         ]  # fmt: skip
         scattered = self._scattered(found, division)
         norms = self._norms(program, position) if program.synchronised else None
-        borrowed = [
-            (name, world.rank in b.ranks and not self._has(name, division))
-            for name, b in found.items() if self._lacking(name, b, division)
-        ]  # fmt: skip
         once = {use.tensor for s in program.segments if s.phase == "once" for use in s.uses}
-        if self.shards.level == 3:
-            known = {name for name, _ in borrowed}
-            borrowed += [(n, True) for n in sorted(once & set(found)) if n not in known]
+        sharded_once = once & set(found) if self.shards.level == 3 else set()  # nobody holds all of these
+        borrowed = [
+            (name, name in sharded_once or world.rank in b.ranks and not self._has(name, division))
+            for name, b in found.items() if name in sharded_once or self._lacking(name, b, division)
+        ]  # fmt: skip
         seat = None
         if size > 1 and division is not None:
             codes, shards = lowered.members[position], division.members[position].shards
@@ -174,7 +172,7 @@ class Distributed(Local):
             traffic(self.captured.graph, program, world.rank),
             sums(self.captured.graph, program, instructions, together, scattered, silent, world.rank),
             norms,
-            {} if norms is not None else results.changed_buffers(graph, program),
+            results.changed_buffers(division.graph if division is not None else graph, program, world.size),
             drawing[-1] if drawing and len(set(drawing)) else -1,
             any(op.random for op in self.captured.graph.ops),
             frozenset(n for n, b in found.items() if world.rank in b.ranks),

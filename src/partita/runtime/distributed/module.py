@@ -50,6 +50,7 @@ class RankModule(ParallelModule):
         self.world = world
         self.sent = Sent()
         self.output_device = world.device
+        self._nothing = (nn.Parameter(torch.empty(0, device=world.device)),)
         self.holding = Holding(world, module, self.sent)
         if like is not None:
             self.holding.settle(like.of, like.cuts)
@@ -66,6 +67,12 @@ class RankModule(ParallelModule):
         world.watch.describe = partial(_role, plan)
 
     # -- state ---------------------------------------------------------------------------------------------------------
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those this rank holds; where the plan gives it none, an empty one, as optimizers refuse an empty list."""
+        yield from super().parameters(recurse)
+        if not self.holding.own and self.holding.parameters:
+            yield self._nothing[0]
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Those this rank holds; of sharded ones (ZeRO) a DTensor over the ranks that hold them."""

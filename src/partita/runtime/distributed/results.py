@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import cast
 from zlib import crc32
 
 import torch
 import torch.distributed as dist
 
 from partita.errors import UsageError
-from partita.graph import Graph
+from partita.graph import Graph, Ref
 from partita.program import Fixed, Partial, Program, Split
 from partita.runtime.distributed.collective import spread
 from partita.runtime.distributed.messages import rank_of
 from partita.runtime.distributed.world import World
+from partita.runtime.spmd_ops import Rounds, own_rows, put_rows
 from partita.runtime.worker import StepState
 
 SAMPLE = 1 << 14
@@ -88,38 +91,64 @@ def input_gradients(world: World, state: StepState) -> None:
                 state.input_grads[name] = total
 
 
-def changed_buffers(graph: Graph, program: Program) -> dict[int, tuple[str, ...]]:
-    """Rank -> the buffers that its forward changes in place (of replicas: the first's)."""
-    found: dict[int, dict[str, None]] = {}
-    writes = {op.name: op.writes for op in graph.ops}  # of the local graph, where ops are divided
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A buffer that a rank changes in place for all; of one changed by a divided op, the rows of this member."""
+
+    name: str
+    cut: Rounds | None = None
+    dim: int = 0
+    position: int = 0
+
+    def rows(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole if self.cut is None else own_rows(whole, self.dim, self.cut, self.position)
+
+    def put(self, whole: torch.Tensor, rows: torch.Tensor) -> None:
+        if self.cut is None:
+            whole.copy_(rows)
+        else:
+            put_rows(whole, rows, self.dim, self.cut, self.position)
+
+
+def changed_buffers(graph: Graph, program: Program, size: int) -> dict[int, tuple[Changed, ...]]:
+    """Rank -> the buffers that its forward changes in place (of replicas: the first's; of members that each change
+    their rows: every member's), but for those that all of ``size`` ranks change alike. ``graph``: the leaders'."""
+    found: dict[int, dict[Changed, None]] = {}
+    ops = {op.name: op for op in graph.ops}  # of the local graph, where ops are divided
+    taken = {op.outputs[0]: op.args for op in graph.ops if op.target == "partita.take"}
     for segment, places in zip(program.segments, program.placement, strict=True):
-        if segment.phase == "once":
+        if segment.phase == "once" or program.synchronised and segment.phase == "split" and len(set(places)) == size:
             continue
-        for op in segment.ops:
-            for name in writes[op]:
-                if graph.tensor(name).role == "buffer":
-                    found.setdefault(rank_of(places[0]), {})[name] = None
+        for op in map(ops.__getitem__, segment.ops):
+            for name in (n for n in op.writes if graph.tensor(n).role == "buffer"):
+                rows = next((taken[use] for use in op.uses() if use in taken and taken[use][0] == Ref(name)), None)
+                if rows is None:
+                    found.setdefault(rank_of(places[0]), {})[Changed(name)] = None
+                    continue
+                dim, rounds = cast("tuple[int, Rounds]", rows[1:])
+                for position, member in enumerate(program.members(places[0])):
+                    found.setdefault(rank_of(member), {})[Changed(name, rounds, dim, position)] = None
     return {rank: tuple(names) for rank, names in sorted(found.items())}
 
 
-def share_buffers(world: World, state: StepState, changed: dict[int, tuple[str, ...]]) -> None:
+def share_buffers(world: World, state: StepState, changed: dict[int, tuple[Changed, ...]]) -> None:
     """Send each changed buffer from the rank that changed it; one message a rank and dtype."""
     for rank, names in changed.items():
-        kinds: dict[torch.dtype, list[torch.Tensor]] = {}
-        for name in names:
-            kinds.setdefault(state.given[name].dtype, []).append(state.given[name].detach())
-        for tensors in kinds.values():
-            flat = torch.cat([t.reshape(-1).to(world.device) for t in tensors])
-            raw = flat.view(torch.uint8)
+        kinds: dict[torch.dtype, list[Changed]] = {}
+        for each in names:
+            kinds.setdefault(state.given[each.name].dtype, []).append(each)
+        for buffers in kinds.values():
+            # Past the version counters: a batch norm that ran here too keeps its averages for backward, unread.
+            wholes = [state.given[each.name].data for each in buffers]
+            parts = [each.rows(whole) for each, whole in zip(buffers, wholes, strict=True)]
+            flat = torch.cat([p.reshape(-1).to(world.device) for p in parts])
             with world.watch.waiting(f"buffers of rank {rank}"):
-                dist.broadcast(raw, src=rank, group=world.whole)
+                dist.broadcast(flat.view(torch.uint8), src=rank, group=world.whole)
             if rank == world.rank:
                 continue
-            start = 0
-            for tensor in tensors:
-                # Past the version counter: a batch norm that ran here too keeps its averages for backward, unread.
-                tensor.data.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
-                start += tensor.numel()
+            arrived: tuple[torch.Tensor, ...] = flat.split([p.numel() for p in parts])  # type: ignore[no-untyped-call]
+            for each, whole, part, values in zip(buffers, wholes, parts, arrived, strict=True):
+                each.put(whole, values.view(part.shape))
 
 
 class Agreement:

@@ -167,7 +167,7 @@ class Watch:
         self._ended.set()
         if self._term is not None:
             self._term[1].send(b"\0")  # wake the thread
-        self._thread.join(2 * BEAT_SECONDS)
+        self._thread.join(GRACE_SECONDS)  # one that wakes in the store while the interpreter ends aborts the process
         if self.notice is None:
             with contextlib.suppress(RuntimeError):
                 self._set(f"beat/{self.rank}", json.dumps({"end": True}))
@@ -175,8 +175,12 @@ class Watch:
     def _serve(self) -> None:
         lost = 0
         while not self._ended.is_set():
+            before = time.monotonic()
             if self._pause(BEAT_SECONDS):
                 self._terminated()
+            if time.monotonic() - before > stall_seconds() / 2:  # stopped itself: nobody's silence is known
+                self._seen.clear()
+                self._alive = time.monotonic(), self._alive[1]
             if self._ended.is_set():
                 return
             try:
@@ -191,10 +195,15 @@ class Watch:
 
     def _guard(self) -> None:
         """A store that does not answer at all, because the process that keeps it is stopped, holds up ``_serve``."""
+        before = time.monotonic()
         while not self._ended.wait(BEAT_SECONDS):
-            if time.monotonic() - self._heard > stall_seconds():
+            now = time.monotonic()
+            if now - before > stall_seconds() / 2:  # this process was stopped as well
+                self._heard = now
+            elif now - self._heard > stall_seconds():
                 self._lost()
                 self._act()
+            before = now
 
     def _lost(self) -> None:
         """The store is gone: it was the launcher's, or rank 0's."""
