@@ -12,12 +12,13 @@ FLOOR = {
     "errors": 0, "units": 0,
     "graph": 1, "cluster": 1, "plan": 1, "program": 1, "trace": 1,
     "strict_yaml": 1, "plan_file": 1, "plan_text": 1, "cluster_file": 1, "cluster_presets": 1,
+    "united": 1,
     "sharding": 2, "schedules": 2, "cost": 2,
     "check": 3, "check_tensor": 3, "assign": 3, "lockstep": 3, "phases": 3, "divide": 3, "manual": 3, "lower": 3,
     "simulate": 3, "predict": 3, "group_costs": 3,
     "planners": 4,
     "torch_compat": 5, "models": 5, "capture": 5, "measure": 5, "runtime": 5, "checkpoint": 5,
-    "ranks": 6, "launch": 6, "report": 6, "api": 6, "cli": 6, "factory": 6, "doctor": 6, "adapters": 6,
+    "ranks": 6, "launch": 6, "report": 6, "api": 6, "automatic": 6, "cli": 6, "factory": 6, "doctor": 6, "adapters": 6,
     "": 7,
     "demo": 8,
 }  # fmt: skip
@@ -26,6 +27,7 @@ FLOOR = {
 SIDEWAYS = {
     ("cost", "sharding"),
     ("units", "errors"),
+    ("united", "cluster"),
     ("cluster_file", "cluster"), ("cluster_file", "cluster_presets"), ("cluster_file", "strict_yaml"),
     ("plan_file", "plan"), ("plan_file", "strict_yaml"), ("plan_text", "plan"),
     ("lower", "assign"), ("lower", "lockstep"), ("lower", "phases"), ("lower", "divide"), ("lockstep", "assign"),
@@ -34,7 +36,8 @@ SIDEWAYS = {
     ("manual", "assign"), ("check", "assign"), ("check", "check_tensor"), ("predict", "lower"), ("predict", "simulate"),
     ("capture", "torch_compat"), ("runtime", "torch_compat"),
     ("runtime", "capture"), ("measure", "capture"), ("measure", "runtime"), ("checkpoint", "runtime"),
-    ("api", "ranks"), ("cli", "launch"), ("cli", "factory"), ("cli", "doctor"), ("cli", "api"), ("cli", "report"),
+    ("api", "ranks"), ("api", "automatic"),
+    ("cli", "launch"), ("cli", "factory"), ("cli", "doctor"), ("cli", "api"), ("cli", "report"),
     ("adapters", "api"),
 }  # fmt: skip
 

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from partita.automatic import best_plan
 from partita.capture import Captured, capture
 from partita.check import require
 from partita.cluster import Cluster
 from partita.cost.measured import Measured
 from partita.errors import PlanError, UsageError
-from partita.lockstep import can_synchronise
 from partita.manual import plan_from_cuts, plan_live
 from partita.measure import kept_timings, local_cluster, measure_call
 from partita.plan import Plan
-from partita.planners.auto import auto
 from partita.planners.constraints import Constraints
 from partita.planners.large.result import plan_large
 from partita.ranks import divide as divide_over_ranks
@@ -28,7 +27,6 @@ from partita.runtime.distributed import launched
 from partita.runtime.front import LazyParallel, device_names, dividing
 from partita.runtime.live import children_bytes
 from partita.runtime.module import ParallelModule
-from partita.sharding.batch import layouts
 from partita.sharding.registry import sharding_rule
 
 __all__ = [
@@ -79,14 +77,18 @@ def parallelize(
 
     def best(captured: Captured, cluster: Cluster, *, again: bool = False) -> tuple[Plan, Measured | None]:
         """The planner's plan, and the timings it rests on."""
-        measured = None
-        if profile or again:
-            measured = measure_call(
-                captured, cluster, model, example_args, example_kwargs, train=objective == "train", again=again
-            )
-        found = _plan(
-            captured, cluster, model, optimizer=optimizer, constraints=constraints, objective=objective,
-            measured=measured,
+
+        def timings(over: Cluster, sizes: Sequence[int]) -> Measured | None:
+            if not (profile or again):
+                return None
+            return measure_call(
+                captured, over, model, example_args, example_kwargs, sizes=sizes, train=objective == "train",
+                again=again,
+            )  # fmt: skip
+
+        found, measured = best_plan(
+            captured, cluster, model, timings, optimizer=optimizer, constraints=constraints, objective=objective,
+            may_unite=not launched(),
         )  # fmt: skip
         return found, measured if objective == "train" else None
 
@@ -124,10 +126,14 @@ def find_plan(
             model, example_args, example_kwargs, cluster, optimizer=optimizer, objective=objective
         )  # fmt: skip
     captured = _capture(model, example_args, example_kwargs)
-    measured = kept_timings(captured, where, train=objective == "train")
-    return _plan(
-        captured, where, model, optimizer=optimizer, constraints=constraints, objective=objective, measured=measured
-    )
+
+    def timings(over: Cluster, sizes: Sequence[int]) -> Measured | None:
+        return kept_timings(captured, over, sizes=sizes, train=objective == "train")
+
+    return best_plan(
+        captured, where, model, timings, optimizer=optimizer, constraints=constraints, objective=objective,
+        may_unite=not launched(),
+    )[0]  # fmt: skip
 
 
 def plan_for_cluster(
@@ -246,12 +252,3 @@ def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     if isinstance(args, torch.Tensor):
         raise UsageError("example_args is a tensor; give a tuple of the call's arguments: example_args=(x,)")
     return capture(model, tuple(args), dict(kwargs or {}))
-
-
-def _plan(captured: Captured, cluster: Cluster, model: nn.Module, **options: Any) -> Plan:
-    if captured.live:
-        names = [d.name for d in cluster.devices]
-        return plan_live(children_bytes(model), type(model).__name__, names, reason=captured.live)
-    return auto(
-        captured.graph, layouts(captured.graph), cluster, sync_batch_norm=can_synchronise(captured.graph), **options
-    )

@@ -13,6 +13,8 @@ from partita.errors import PlanError
 from partita.graph import Graph, Op
 from partita.plan import Plan
 from partita.schedules import NAMES
+from partita.united import is_united, members
+from partita.united import problem as unite_problem
 from partita.units import format_bytes
 
 BATCH_NORMS = ("exact", "per_microbatch")
@@ -139,7 +141,10 @@ def _devices(plan: Plan, cluster: Cluster) -> list[str]:
         if not stage.devices:
             problems.append(f"stage {s} has no devices; give it one of {', '.join(known)}")
         for device in dict.fromkeys(stage.devices):
-            if device not in known:
+            if is_united(device):
+                why = unite_problem(cluster, device)
+                problems += [f"stage {s} runs on {device!r}: {why}"] if why else []
+            elif device not in known:
                 shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
                 problems.append(f"stage {s} runs on {device!r}, which is no device here; there are {shown}")
             if stage.devices.count(device) > 1:
@@ -150,6 +155,14 @@ def _devices(plan: Plan, cluster: Cluster) -> list[str]:
                 f"microbatch{'es' if plan.batch.microbatches != 1 else ''}: some would idle; set microbatches to "
                 f"{len(stage.groups)} or more, or take devices away"
             )
+    used = list(dict.fromkeys(device for stage in plan.stages for device in stage.devices))
+    for united in filter(is_united, used):
+        for other in used:
+            shared = set(members(united)) & set(members(other)) if other != united else ()
+            if shared:
+                problems.append(
+                    f"{', '.join(sorted(shared))} is part of {united!r} and of {other!r}; use it in one way"
+                )
     return problems
 
 

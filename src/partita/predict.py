@@ -15,6 +15,7 @@ from partita.plan import Plan
 from partita.sharding.batch import layouts
 from partita.simulate import simulate
 from partita.trace import Trace
+from partita.united import with_united
 
 
 def predict(
@@ -32,6 +33,7 @@ def predict(
     """
     samples = batch or plan.batch.size or graph.batch
     plan, train = replace(plan, predicted=None), graph.mode == "train"
+    cluster = with_united(cluster, (d for stage in plan.stages for d in stage.devices))
     found = layouts(graph)
     division = divide(graph, found, plan, batch=samples)
     program = lower(graph, found, plan, batch=samples, train=train, division=division)

@@ -12,13 +12,14 @@ from torch import nn
 
 from partita.capture import Captured
 from partita.cluster import Cluster
-from partita.errors import UsageError
+from partita.errors import PlanError, UsageError
 from partita.measure.ranks import rank_cluster
 from partita.plan import Plan
 from partita.runtime.distributed import World, join_world
 from partita.runtime.distributed.holding import same_everywhere
 from partita.runtime.distributed.module import RankModule
 from partita.runtime.distributed.world import elsewhere
+from partita.united import is_united, members
 
 
 def divide(
@@ -41,7 +42,7 @@ def divide(
     disagree(prints, world.rank)
     same_random_state(world)
     note = same_everywhere(world, model)
-    chosen = world.first("the plan", lambda: choose(captured[0], cluster))
+    chosen = world.first("the plan", lambda: _of_ranks(choose(captured[0], cluster)))
     if world.rank == 0:
         if note:
             print(f"partita: {note}", file=sys.stderr)
@@ -52,6 +53,17 @@ def divide(
                 file=sys.stderr,
             )
     return RankModule(model, chosen, cluster, world=world, captured=captured[0], loss_fn=loss_fn)
+
+
+def _of_ranks(plan: Plan) -> Plan:
+    """Raises PlanError for what only one process can do."""
+    united = [d for stage in plan.stages for d in stage.devices if is_united(d)]
+    if united:
+        raise PlanError(
+            f"the plan uses {united[0]!r} as one device; ranks are processes and cannot be one. Give the stage "
+            f"[{', '.join(members(united[0]))}] as replicas or with tensor: {len(members(united[0]))}"
+        )
+    return plan
 
 
 def _kept(into: list[Captured], captured: Captured) -> Captured:

@@ -28,13 +28,15 @@ def measure_call(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
+    sizes: Sequence[int] = (),
     train: bool = True,
     again: bool = False,
 ) -> Measured | None:
     """Timings of the model's parts on this machine's devices, with the call's own tensors; None where that is not
     possible (no real tensors, devices that are not here, user code that should not run twice) or not worth it (a step
     of less than 2 ms). A failure is told as a warning: planning then goes by counts.
-    ``again``: measured now, whatever is kept on disk.
+    ``sizes``: samples of the microbatches to time, where not ``profile``'s own choice. ``again``: measured now,
+    whatever is kept on disk.
     """
     if not _possible(captured, cluster):
         return None
@@ -54,7 +56,8 @@ def measure_call(
         return None
     try:
         return profile(
-            captured, layouts(captured.graph), cluster, given=given, parameters=weights, train=train, again=again,
+            captured, layouts(captured.graph), cluster, given=given, parameters=weights, sizes=sizes,
+            train=train, again=again,
             budget_seconds=min(BUDGET_SECONDS, max(LEAST_BUDGET, STEPS_WORTH * step)),
         )  # fmt: skip
     except Exception as error:
@@ -66,11 +69,13 @@ def measure_call(
         return None
 
 
-def kept_timings(captured: Captured, cluster: Cluster, *, train: bool = True) -> Measured | None:
+def kept_timings(
+    captured: Captured, cluster: Cluster, *, sizes: Sequence[int] = (), train: bool = True
+) -> Measured | None:
     """What was measured of this model on these devices before; None where anything is missing."""
     if captured.live or not captured.graph.ops or not cluster.devices:
         return None
-    return kept(captured, layouts(captured.graph), cluster, train=train)
+    return kept(captured, layouts(captured.graph), cluster, sizes=sizes, train=train)
 
 
 def _possible(captured: Captured, cluster: Cluster) -> bool:

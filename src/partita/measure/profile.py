@@ -4,7 +4,7 @@ The graph is cut into units (``cost.blocks.profile_units``); equal layers have e
 two of them in turn, so that weights come from memory as in a step. Each unit runs the code a plan would run, on the
 device's own thread and cores, with real inputs: a forward of every unit, then backward and weight gradients in reverse,
 first with no gradients yet, then adding to them. Devices that share the machine's memory run at the same time.
-On a device of one core the clock is the thread's own, so that what other processes take is not counted.
+What other processes take meanwhile is not counted where that can be told (``_clock``).
 """
 
 from __future__ import annotations
@@ -111,11 +111,13 @@ def profile(
     return known.merged(measured)
 
 
-def kept(captured: Captured, batch_layouts: BatchLayouts, cluster: Cluster, *, train: bool = True) -> Measured | None:
+def kept(
+    captured: Captured, batch_layouts: BatchLayouts, cluster: Cluster, *, sizes: Sequence[int] = (), train: bool = True
+) -> Measured | None:
     """What an earlier ``profile`` left on disk; None where a unit is missing."""
     batch_layouts = _timed_as(captured, batch_layouts)
     parts = profile_units(captured.graph)
-    known = store.read(parts, cluster, _sizes(captured, batch_layouts, cluster, ()), train)
+    known = store.read(parts, cluster, _sizes(captured, batch_layouts, cluster, sizes), train)
     return known if _complete(known, parts, cluster) else None
 
 
@@ -221,8 +223,7 @@ def _round(lane: _Lane, chosen: Sequence[int], train: bool, barrier: threading.B
         if rehearsal.device.type == "cuda":
             torch.cuda.synchronize(rehearsal.device)
 
-    one_core = rehearsal.device.type == "cpu" and len(lane.device.cores) == 1
-    clock = time.thread_time if one_core else time.perf_counter  # what neighbours take is not the device's
+    clock = _clock(lane.device, rehearsal.device.type, alone=barrier.parties == 1)
 
     def timed(phase: str, index: int, fresh: bool, run: Callable[[], None]) -> None:
         wait()
@@ -243,6 +244,24 @@ def _round(lane: _Lane, chosen: Sequence[int], train: bool, barrier: threading.B
                 timed("weight", index, fresh, partial(rehearsal.weight, index))
             rehearsal.drop(index)
     rehearsal.end()
+
+
+def _clock(device: Device, kind: str, *, alone: bool) -> Callable[[], float]:
+    """Seconds of the device's own work: what neighbours on the machine take is not counted, where that can be told.
+
+    One core: the thread's time. Several, with nothing else running in the process: the threads' mean, or the calling
+    thread's where one op runs on it alone.
+    """
+    if kind != "cpu" or (len(device.cores) > 1 and not alone):
+        return time.perf_counter
+    if len(device.cores) == 1:
+        return time.thread_time
+    begun = time.process_time(), time.thread_time()
+
+    def clock() -> float:
+        return max((time.process_time() - begun[0]) / len(device.cores), time.thread_time() - begun[1])
+
+    return clock
 
 
 def _numbers(script: _Script, parts: Sequence[Block], kind: str) -> dict[str, list[dict[str, float]]]:

@@ -31,6 +31,7 @@ from partita.runtime.team import Team
 from partita.runtime.worker import StepState
 from partita.sharding.batch import layouts
 from partita.trace import Trace
+from partita.united import with_united
 
 
 class _Pipeline(torch.autograd.Function):
@@ -144,8 +145,9 @@ class ParallelModule(nn.Module):
         self.plan, self._measured = plan, measured
         self.output_device = torch_device(plan.stages[-1].devices[0])
         names = dict.fromkeys(d for s in plan.stages for d in s.devices)
-        self._team = Team(tuple(self.cluster.device(n) for n in names))
-        self._binder = Binder(self.module, partial(_engine, plan, self.cluster, self._team))
+        used = with_united(self.cluster, names)
+        self._team = Team(tuple(used.device(n) for n in names))
+        self._binder = Binder(self.module, partial(_engine, plan, used, self._team))
         promised = plan.predicted.step_seconds if plan.predicted is not None and measured is not None else 0.0
         self.calibration = Calibration(promised, plan.batch.size) if promised else None
 
