@@ -14,7 +14,10 @@ from partita.cost.roofline import Assumptions
 from partita.graph import Graph
 from partita.models.catalog import build
 from partita.models.gpt import GPTSize
-from partita.planners.large.layout import Degrees, Group, Pricer, Row, StateBytes
+from partita.planners.large.degrees import Degrees, Group
+from partita.planners.large.exchange import StateBytes
+from partita.planners.large.layout import Pricer
+from partita.planners.large.loads import Row
 from partita.planners.large.pools import pools
 from partita.planners.large.prices import Prices
 from partita.planners.large.units import Units, units
@@ -76,7 +79,7 @@ def pricer(graph: Graph, memory: float, batch: int = 8) -> tuple[Pricer, tuple[R
     row = units(graph)
     prices = Prices(graph, row, ASSUME).of(pool, 1, False, 1)
     assert prices is not None
-    made = Row.of(np.array([u.kind for u in row.row]), prices)
+    made = Row.of(np.array([u.kind for u in row.row]), prices, np.zeros(len(row.row), dtype=bool))
     return Pricer((pool,), batch, ASSUME, optimizer="adamw", headroom=1.0), (made,), row
 
 
@@ -117,7 +120,9 @@ def test_the_bubble_is_p_minus_1_over_chunks(graph: Graph) -> None:
     prices = Prices(graph, row, ASSUME).of(pool, 1, False, 1)
     assert prices is not None
     one = max(prices, key=lambda p: p.forward)
-    even = Row.of(np.zeros(16, dtype=np.int64), (replace(one, sent=0.0, entry=0.0, trained=0.0),))
+    even = Row.of(
+        np.zeros(16, dtype=np.int64), (replace(one, sent=0.0, entry=0.0, trained=0.0),), np.zeros(16, dtype=bool)
+    )
     busy = 16 / 4 * (one.forward + one.backward)
     for chunks in (1, 2, 4):
         layout = price.price(Degrees((Group(0, 4, 1, 1),), 1, chunks), (even,))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from partita import plan_file
+from partita import plan_file, plan_text
 from partita.assign import assign
 from partita.capture import capture
 from partita.cluster import Cluster
@@ -22,7 +22,7 @@ from partita.errors import InfeasibleError, UsageError
 from partita.graph import Graph
 from partita.models import GPTSize
 from partita.models.catalog import build
-from partita.planners.large.layout import Layout
+from partita.planners.large.degrees import Layout
 from partita.planners.large.pools import pools
 from partita.planners.large.result import plan_large
 from partita.planners.large.search import Limits, Search
@@ -124,8 +124,18 @@ def test_reasons_say_what_binds_and_what_more_would_bring(large: Graph) -> None:
     cluster = describe("8xA100")
     cluster = replace(cluster, devices=tuple(replace(d, memory_bytes=int(24e9)) for d in cluster.devices))
     said = "\n".join(plan_large(large, cluster, batch=64).plan.reasons)
-    for words in ("layout:", "Tflop/s a device", "is fullest with", "next best:", "more memory would be worth"):
+    for words in (
+        "layout:",
+        "Tflop/s a device",
+        "is fullest with",
+        "next best:",
+        "had it been otherwise",
+        "of that: weights",
+    ):
         assert words in said
+    complete = plan_text.complete(plan_large(large, cluster, batch=64).plan)
+    more = [line for line in complete.reasons if line.startswith("half as much memory again: ")]
+    assert len(more) == 1 and "samples a second" in more[0]
     again = plan_large(large, cluster, batch=64, limits=Limits(recompute="all")).plan
     assert "recomputed in backward" in "\n".join(again.reasons)
     assert any(stage.recompute for stage in again.stages)
@@ -218,8 +228,9 @@ def played(layout: Layout) -> float:
 def test_the_closed_form_is_what_playing_the_schedule_takes(
     small: Graph, stages: int, chunks: int, most: float
 ) -> None:
-    found = search(small, f"{stages}xA100", 28, limits=Limits(1, stages, 1, 1, chunks)).run()
-    layout = found.layouts[0]
+    order = "1f1b" if chunks == 1 else ""
+    looking = search(small, f"{stages}xA100", 28, limits=Limits(1, stages, 1, 1, chunks, order=order))
+    layout = looking.run().layouts[0]
     free = replace(layout, stages=tuple(replace(s, transfer=0.0, tail=0.0) for s in layout.stages))
-    times = search(small, f"{stages}xA100", 28).pricer._summed(layout.degrees, free.stages, layout.microbatches, 0.0)
+    times = looking.pricer._summed(layout.degrees, free.stages, layout.microbatches, 0.0)
     assert played(free) == pytest.approx(times.seconds, rel=most)

@@ -30,8 +30,8 @@ from partita.cost.roofline import Assumptions
 from partita.graph import Graph
 from partita.models.catalog import build
 from partita.models.gpt import GPTSize
+from partita.planners.large.degrees import Layout
 from partita.planners.large.explain import spell
-from partita.planners.large.layout import Layout
 from partita.planners.large.pools import pools
 from partita.planners.large.search import Limits, Search
 from partita.planners.large.units import units

@@ -118,20 +118,21 @@ def find_plan(
     """The best plan for the model on these devices, or on a described ``cluster``. Nothing is run or allocated.
 
     Timings that ``parallelize`` measured on this machine before are used where they are kept. A described cluster of
-    more than 32 devices is planned in closed form (``planners/large``), without constraints.
+    more than 32 devices is planned in closed form (``planners/large``).
     """
     where = cluster if cluster is not None else local_cluster(devices, memory)
-    if cluster is not None and len(cluster.devices) > LARGE and constraints is None:
+    wanted = Constraints.read(constraints)
+    if cluster is not None and (len(cluster.devices) > LARGE or wanted.for_clusters):
         return plan_for_cluster(
-            model, example_args, example_kwargs, cluster, optimizer=optimizer, objective=objective
-        )  # fmt: skip
+            model, example_args, example_kwargs, cluster, optimizer=optimizer, objective=objective, constraints=wanted
+        )
     captured = _capture(model, example_args, example_kwargs)
 
     def timings(over: Cluster, sizes: Sequence[int]) -> Measured | None:
         return kept_timings(captured, over, sizes=sizes, train=objective == "train")
 
     return best_plan(
-        captured, where, model, timings, optimizer=optimizer, constraints=constraints, objective=objective,
+        captured, where, model, timings, optimizer=optimizer, constraints=wanted, objective=objective,
         may_unite=not launched(),
     )[0]  # fmt: skip
 
@@ -145,12 +146,15 @@ def plan_for_cluster(
     *,
     optimizer: str = "adamw",
     objective: str = "train",
+    constraints: Constraints | Mapping[str, Any] | None = None,
 ) -> Plan:
     """The best degrees of parallelism for a large model (meta tensors do) on a described cluster, in closed form."""
     captured = _capture(model, example_args, example_kwargs)
     if captured.live:
         raise PlanError(f"this model runs as it is, so there is nothing to plan: {captured.live}")
-    return plan_large(captured.graph, cluster, batch=batch, optimizer=optimizer, objective=objective).plan
+    return plan_large(
+        captured.graph, cluster, batch=batch, optimizer=optimizer, objective=objective, constraints=constraints
+    ).plan
 
 
 def split(

@@ -6,13 +6,14 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 import typer
 from rich.console import Console
 
+from partita.cli_options import BatchSize, Devices, Factory, Json, Memory, Out, PlanPath, print_json, writable
+from partita.cli_plan import explain
+from partita.cli_plan import plan as plan_verb
 from partita.cluster import Cluster
 from partita.errors import PartitaError, PlanError, UsageError, VerificationError
 from partita.plan import Plan
@@ -30,82 +31,8 @@ app = typer.Typer(
     help="Divide any PyTorch model over the devices you have: plan, check, simulate, run.",
 )
 
-Factory = Annotated[
-    str, typer.Argument(metavar="FACTORY", help="module:function or file.py:function returning (model, example_args)")
-]
-PlanPath = Annotated[str | None, typer.Option("--plan", help="A plan file; without it the planner finds one.")]
-Devices = Annotated[str, typer.Option(help="2, auto, cpu:0,cpu:1, 2x8xH100, or a cluster file.")]
-Memory = Annotated[str | None, typer.Option(help="Limit per device: 2GiB.")]
-BatchSize = Annotated[int | None, typer.Option("--batch", help="Samples of a step, where not the example's.")]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-Out = Annotated[str | None, typer.Option("--output", "-o", help="File to write.")]
-
-
-@app.command()
-def plan(
-    factory: Factory,
-    devices: Devices = "auto",
-    cluster_spec: Annotated[
-        str, typer.Option("--cluster", help="A cluster you need not have: 128x8xH100, 8xA100 + 2x8xV100, or a file.")
-    ] = "",
-    memory: Memory = None,
-    batch: BatchSize = None,
-    seq: Annotated[int | None, typer.Option(help="Tokens a sample, for llama-405b and other named models.")] = None,
-    optimizer: Annotated[str, typer.Option(help="Whose state to leave room for: adamw, sgd, none ...")] = "adamw",
-    objective: Annotated[str, typer.Option(help="train or inference.")] = "train",
-    constraint: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE: max_stages=2, 'place={blocks.0: cpu:1}', recompute=b*")
-    ] = None,
-    constraints_file: Annotated[str, typer.Option("--constraints", help="A YAML file of constraints.")] = "",
-    output: Out = None,
-    as_json: Json = False,
-) -> None:
-    """Find the best plan for a model on these devices; nothing is run.
-
-    With --cluster every degree is searched (stages, replicas, tensor, ZeRO, recomputation, interleaving) in closed
-    form, in mixed precision where the devices have it. FACTORY may then be a name: llama-405b, gpt3-175b ...
-    """
-    from partita.plan_text import complete
-    from partita.planners.constraints import Constraints
-
-    cluster = Cluster.parse(cluster_spec or devices, memory=memory)
-    limits = Constraints.parse(constraint or (), constraints_file)
-    if cluster_spec and limits != Constraints():
-        raise UsageError("constraints go with --devices (a description such as 2x8xH100 works there too)")
-    _writable(output)
-    from partita.factory import load
-
-    model, args, kwargs = load(factory, None if cluster_spec else batch, seq)
-    from partita import api
-
-    if cluster_spec:
-        found = api.plan_for_cluster(model, args, kwargs, cluster, batch or 0, optimizer=optimizer, objective=objective)
-    else:
-        found = api.find_plan(
-            model, args, kwargs, cluster=cluster, optimizer=optimizer, objective=objective, constraints=limits
-        )
-    if not as_json:
-        found = complete(found)
-    if output is not None:
-        found.save(output)
-    if as_json:
-        _print_json(found)
-    else:
-        print(found.explain())
-        if output is not None:
-            print(f"\nwritten to {output}")
-
-
-@app.command()
-def explain(
-    plan_file: Annotated[str, typer.Argument(metavar="PLAN", help="A plan file.")], as_json: Json = False
-) -> None:
-    """Say in words what a plan file does, and why."""
-    found = Plan.load(plan_file)
-    if as_json:
-        _print_json(found)
-    else:
-        print(found.explain())
+app.command()(plan_verb)
+app.command()(explain)
 
 
 @app.command()
@@ -148,7 +75,7 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Predict time and memory of one step, without running it."""
-    _writable(trace)
+    writable(trace)
     loaded = Plan.load(plan_file) if plan_file is not None else None
     cluster = _cluster(devices, loaded, memory)
     from partita.factory import load
@@ -162,7 +89,7 @@ def simulate(
     if trace is not None:
         write_chrome(trace, predicted)
     if as_json:
-        _print_json(_summary(predicted))
+        print_json(_summary(predicted))
         return
     _show(predicted, None)
     print(timeline(predicted))
@@ -184,8 +111,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Run a few steps and set what was predicted beside what was measured."""
-    _writable(output)
-    _writable(trace)
+    writable(output)
+    writable(trace)
     loaded = Plan.load(plan_file) if plan_file is not None else None
     cluster = _cluster(devices, loaded, memory)
     from partita import api
@@ -207,7 +134,7 @@ def report(
     if trace is not None:
         write_chrome(trace, predicted, measured)
     if as_json:
-        _print_json({"predicted": _summary(predicted), "measured": _summary(measured)})
+        print_json({"predicted": _summary(predicted), "measured": _summary(measured)})
         return
     print(chosen.explain())
     _show(predicted, measured)
@@ -222,14 +149,14 @@ def measure(devices: Devices = "", output: Out = None, as_json: Json = False) ->
     """Measure this machine: its devices, their speed and memory, and the links between them."""
     from partita.measure.detect import local_cluster, summary
 
-    _writable(output)
+    writable(output)
     cluster = Cluster.detect(refresh=True)
     if devices:
         cluster = local_cluster(devices)
     if output is not None:
         cluster.save(output)
     if as_json:
-        _print_json(cluster)
+        print_json(cluster)
     else:
         print(summary(cluster))
         for link in cluster.links:
@@ -383,20 +310,6 @@ def _summary(trace: Trace) -> dict[str, Any]:
 
 def _row(difference: Any) -> dict[str, Any]:
     return {name: getattr(difference, name) for name in ("kind", "name", "absolute", "relative", "equal")}
-
-
-def _print_json(value: Any) -> None:
-    print(msgspec.json.encode(value).decode())
-
-
-def _writable(path: str | None) -> None:
-    """Refuse a hopeless output path before the work, not after it."""
-    if path is None:
-        return
-    if Path(path).is_dir():
-        raise UsageError(f"cannot write '{path}': it is a directory; name a file in it")
-    if not Path(path).absolute().parent.is_dir():
-        raise UsageError(f"cannot write '{path}': there is no directory '{Path(path).parent}'; make it first")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,7 +32,10 @@ class Assumptions:
     Shares of published peaks: ``products`` (largest matrix products), ``attention`` (fused), ``convolutions``,
     ``memory``, ``links``. ``area``: outputs at which a product reaches half, on a device of 312 Tflop/s; ``inner``: the
     inner dim at which it does. ``reserve_bytes``: the driver's context and communication library on each device.
-    ``hidden``: share of the gradients' reduction that runs beside backward.
+    ``hidden``: share of the gradients' reduction that runs beside backward. ``contention``: share of the compute lost
+    while a collective runs beside it (DeepSeek-V3 report, 2024, section 3.2.2: 20 of the H800's 132 multiprocessors
+    carry the traffic). ``messages_hidden``: share of a message between stages that does not hold up its receiver's
+    device; 0: receiving and computing take turns, as in Megatron's 1F1B.
     """
 
     precision: str = "mixed"
@@ -45,6 +48,8 @@ class Assumptions:
     inner: float = 128.0
     reserve_bytes: float = 2.0 * 2**30
     hidden: float = 0.0
+    contention: float = 20 / 132
+    messages_hidden: float = 0.0
 
     def itemsize(self, dtype: str) -> int:
         """Bytes of an element as it is held while training."""
@@ -117,10 +122,11 @@ def idle(op: Op) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Of one op on one device. ``backward``: to its inputs and its weights."""
+    """Of one op on one device. ``backward``: to its inputs and its weights; ``weight``: the latter's part of it."""
 
     forward: float
     backward: float = 0.0
+    weight: float = 0.0
 
 
 def op_seconds(shapes: Shapes, op: Op, samples: int, device: Device, share: Share = ALL) -> Seconds:
@@ -236,12 +242,13 @@ def _product(
 
     batch = max(flops / (2.0 * m * n * k), 1.0)
     forward = seconds_of(batch * m * n, k)
-    backward = 0.0
+    backward = weight = 0.0
     if trains and others:
         backward += seconds_of(batch * m * k, n)
     if trains and (weighs or (not weighs and kind == "matmul" and _both_need(graph, op))):
-        backward += seconds_of(batch * k * n, m)
-    return Seconds(forward, backward)
+        other = seconds_of(batch * k * n, m)
+        backward, weight = backward + other, other * weighs
+    return Seconds(forward, backward, weight)
 
 
 def _both_need(graph: Graph, op: Op) -> bool:

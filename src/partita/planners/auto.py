@@ -74,11 +74,15 @@ def auto(
     constraints that contradict each other, UsageError for names that mean nothing.
     """
     wanted = Constraints.read(constraints)
+    if wanted.for_clusters:
+        raise UsageError(
+            f"constraints {', '.join(wanted.for_clusters)} are for described clusters (partita plan --cluster) only"
+        )
     if wanted.tensor > 1:
 
         def over(teams: Cluster) -> Plan:
             return auto(
-                graph, batch_layouts, teams, optimizer=optimizer, constraints=replace(wanted, tensor=1),
+                graph, batch_layouts, teams, optimizer=optimizer, constraints=replace(wanted, tensor=0),
                 objective=objective, batch=batch, batch_norm=batch_norm, sync_batch_norm=sync_batch_norm,
             )  # fmt: skip
 

@@ -24,6 +24,8 @@ class Atom:
         value = self.value
         if self.field == "place":
             return f"place {value[0]!r} on {value[1]}"
+        if self.field == "shard":
+            return f"shard {value[0]!r} as {value[1]}"
         if isinstance(value, tuple):
             return f"{self.field} {' + '.join(map(repr, value))}"
         if isinstance(value, bool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,7 +25,13 @@ class Constraints:
     ``split_before``: a stage begins there. ``place``: (glob, device). ``recompute``: activations dropped and made
     again. ``max_stages``, ``stages`` (exactly so many), ``microbatches``: 0 leaves them open. ``schedule``: empty
     leaves it open. ``replicas``: devices of each stage; True leaves them open, False or 1 is one device a stage.
-    ``tensor``: devices that divide each single op between them; they count as one device for all else.
+    ``tensor``: devices that divide each single op between them; they count as one device for all else (0: open on a
+    described cluster, else 1).
+
+    For described clusters only: ``shard``: (parameter's glob, ``Shard(0)`` or ``Replicate``). ``zero``: ZeRO level (-1:
+    open). ``tp_within_node`` False: ops may be divided over nodes. ``sequence``: activations between products divided
+    along the sequence, or not. ``stages_per_device``: stages that a device takes in turn (interleaving). ``place`` may
+    name a kind of device there.
     """
 
     keep_together: tuple[tuple[str, ...], ...] = ()
@@ -36,12 +43,22 @@ class Constraints:
     microbatches: int = 0
     schedule: str = ""
     replicas: bool | int = True
-    tensor: int = 1
+    tensor: int = 0
+    shard: tuple[tuple[str, str], ...] = ()
+    zero: int = -1
+    tp_within_node: bool | None = None
+    sequence: bool | None = None
+    stages_per_device: int = 0
 
     @property
     def num_replicas(self) -> int:
         """Devices of every stage; 0 where that is open."""
         return 0 if self.replicas is True else max(int(self.replicas), 1)
+
+    @property
+    def for_clusters(self) -> tuple[str, ...]:
+        """Those given that only plans for described clusters can meet."""
+        return tuple(n for n in FOR_CLUSTERS if getattr(self, n) != getattr(Constraints(), n))
 
     @staticmethod
     def read(value: Constraints | Mapping[str, Any] | None) -> Constraints:
@@ -140,10 +157,36 @@ def _schedule(value: Any) -> str:
     return str(value)
 
 
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} must be true or false")
+    return value
+
+
+def _level(value: Any) -> int:
+    if isinstance(value, bool) or value not in (-1, 0, 1, 2, 3):
+        raise ValueError(f"{value!r} must be a ZeRO level: 0, 1, 2 or 3 (-1 leaves it open)")
+    return int(value)
+
+
+def _placements(value: Any) -> tuple[tuple[str, str], ...]:
+    """``{head.weight: Shard(0)}`` or, as in a plan file, ``{head.weight: [Shard(0)]}``."""
+    found = []
+    for name, written in value.items() if isinstance(value, Mapping) else value:
+        text = ", ".join(map(str, written)) if isinstance(written, list | tuple) else str(written)
+        if not _PLACEMENT.fullmatch(text):
+            raise ValueError(f"{name!r} as {text!r}: one placement is needed, Shard(0), Shard(1) ... or Replicate")
+        found.append((str(name), text.removesuffix("()")))
+    return tuple(found)
+
+
+FOR_CLUSTERS = ("shard", "zero", "tp_within_node", "sequence", "stages_per_device")
+_PLACEMENT = re.compile(r"Shard\(\d+\)|Replicate(\(\))?")
 READERS: Mapping[str, Callable[[Any], Any]] = {
     "keep_together": _groups, "split_before": _names, "place": _pairs, "recompute": _names, "max_stages": _count,
     "stages": _count, "microbatches": _count, "schedule": _schedule, "replicas": _degree,
-    "tensor": lambda value: _count(value) or 1,
+    "tensor": _count, "shard": _placements, "zero": _level, "tp_within_node": _switch, "sequence": _switch,
+    "stages_per_device": _count,
 }  # fmt: skip
 """How each constraint is read from plain data: strings, numbers, lists, mappings."""
 

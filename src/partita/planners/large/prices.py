@@ -5,6 +5,7 @@ Seconds and bytes of everything a layout is chosen by; each distinct unit is div
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -19,7 +20,7 @@ from partita.planners.large.units import Units
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Equal devices: ``count`` of them, ``per_node`` in a node; channels inside and across nodes. ``first``: index."""
+    """Equal devices: ``count`` of them, ``per_node`` in a node; channels inside and across nodes."""
 
     device: Device
     names: tuple[str, ...]
@@ -34,13 +35,15 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class UnitPrice:
-    """Seconds of a microbatch, collectives included (``exchanged``: their part). Bytes on one device: ``saved`` from
-    forward to backward, ``entry`` if the unit is recomputed instead, ``working`` while it runs, ``sent`` to the next.
-    ``weights``: elements; ``trained``: of those, elements with a gradient.
+    """Seconds of a microbatch, collectives included (``exchanged``: their part; ``late``: backward's part that makes
+    weight gradients, for which nobody waits). Bytes on one device: ``saved`` from forward to backward, ``entry`` if the
+    unit is recomputed instead, ``working`` while it runs, ``sent`` to the next. ``weights``: elements; ``trained``: of
+    those, elements with a gradient.
     """
 
     forward: float
     backward: float
+    late: float
     exchanged: float
     saved: float
     entry: float
@@ -53,7 +56,16 @@ class UnitPrice:
 class Prices:
     """Prices of a model's units for every degree and microbatch asked; what was computed is kept."""
 
-    def __init__(self, graph: Graph, units: Units, assume: Assumptions, shapes: Shapes | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        units: Units,
+        assume: Assumptions,
+        shapes: Shapes | None = None,
+        wanted: Mapping[str, Form] | None = None,
+    ) -> None:
+        """``wanted``: parameters that must be held so wherever ops are divided."""
+        self.wanted = dict(wanted or {})
         self.graph, self.units, self.assume = graph, units, assume
         self.shapes = shapes or Shapes(graph, assume)
         self._divisions: dict[tuple[int, str, int, bool], Division | None] = {}
@@ -94,7 +106,7 @@ class Prices:
             self._divisions[key] = divide(
                 self.shapes, ops, degree, seconds=seconds, exchange=exchange, sequence=sequence,
                 entering=lambda name: self.form(name, degree, sequence),
-                leaving=lambda name: self.form(name, degree, sequence),
+                leaving=lambda name: self.form(name, degree, sequence), wanted=self.wanted,
             )  # fmt: skip
         return self._divisions[key]
 
@@ -110,13 +122,13 @@ class Prices:
             if division is None:
                 return None
         team = self.team(pool, degree)
-        forward = backward = exchanged = 0.0
+        forward = backward = late = exchanged = 0.0
         labels = division.labels if division else ("",) * len(unit.ops)
         working = 0.0
         for i, label in zip(unit.ops, labels, strict=True):
             op = graph.ops[i]
             took = op_seconds(shapes, op, samples, device, Share(label, degree) if label else ALL)
-            forward, backward = forward + took.forward, backward + took.backward
+            forward, backward, late = forward + took.forward, backward + took.backward, late + took.weight
             alive = sum(self._bytes(o, samples, degree, division) for o in op.outputs if o and not _alias(graph, o))
             working = max(working, 2.0 * alive)
         for turn in division.changes if division else ():
@@ -131,7 +143,7 @@ class Prices:
         entering = self.units.sent[position - 1] if position else ()
         entry = sum(self._crossing_bytes(n, samples, degree, sequence) for n in entering)
         weights, trained = self._weights(unit.ops, degree, division)
-        return UnitPrice(forward, backward, exchanged, saved, entry, working, sent, weights, trained)
+        return UnitPrice(forward, backward, late, exchanged, saved, entry, working, sent, weights, trained)
 
     def _crossing_bytes(self, name: str, samples: int, degree: int, sequence: bool) -> float:
         whole = self.shapes.nbytes(self.graph.tensor(name), samples)

@@ -1,50 +1,81 @@
-"""Remedies: the least change of one thing under which a large model fits, each planned before it is offered."""
+"""Remedies: why no layout is found, and the nearest requests that work, each planned before it is offered."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 
-from partita.planners.large.layout import Layout
-from partita.planners.large.prices import Pool
-from partita.planners.large.search import Search
+from partita.cluster import Cluster
+from partita.cluster_file import describe
+from partita.errors import ClusterError, InfeasibleError, PlanError, Remedy
+from partita.planners.large.request import Request
+from partita.planners.large.search import Found
 from partita.units import format_bytes, format_seconds
 
 FACTORS = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0)
-SECONDS = 1.5
 
 
-def remedies(search: Search) -> tuple[str, ...]:
-    """Lines: more memory, more devices, an optimizer with less state."""
-    lines = []
+def why_not(request: Request, found: Found) -> PlanError | InfeasibleError:
+    """The error that says what stands in the way: constraints (the smallest set that cannot be met) or memory."""
+    guilty = request.conflict()
+    words = ", ".join(map(str, guilty))
+    if guilty and not request.ever():
+        line = f"smallest conflicting set: {words}" if len(guilty) > 1 else f"{words} cannot be met by itself"
+        return PlanError("the constraints cannot be met", (line,), tuple(request.loosened(guilty)))
+    where = " + ".join(f"{p.count} x {p.device.kind}" for p in request.search.pools)
+    reason, first = found.why_not, []
+    if guilty:
+        reason = f"within the devices' memory these cannot be met: {words}"
+        first = request.loosened(guilty)
+    return InfeasibleError(f"{request.graph.name} does not fit {where}: {reason}", (*first, *remedies(request)))
+
+
+def remedies(request: Request) -> tuple[Remedy, ...]:
+    """More memory, more devices, a smaller batch, an optimizer with less state: the least change of one of them."""
+    found = []
     for factor in FACTORS:
-        memory = tuple(
-            replace(p, device=replace(p.device, memory_bytes=int(factor * p.device.memory_bytes))) for p in search.pools
+        larger = replace(
+            request.cluster,
+            devices=tuple(replace(d, memory_bytes=int(factor * d.memory_bytes)) for d in request.cluster.devices),
         )
-        if (layout := _fits(search.changed(memory))) is not None:
-            amounts = " and ".join(dict.fromkeys(format_bytes(p.device.memory_bytes) for p in memory))
-            lines.append(f"devices of {amounts} fit: {format_seconds(layout.seconds)} a step")
+        if (fit := request.again(cluster=larger).attempt()) is not None:
+            amounts = " and ".join(dict.fromkeys(format_bytes(d.memory_bytes) for d in larger.devices))
+            text = f"devices of {amounts} fit: {format_seconds(fit.seconds)} a step"
+            found.append(Remedy(text, {"cluster": larger}))
             break
     for factor in (f for f in FACTORS if f == int(f)):
-        more = tuple(_more(p, int(factor)) for p in search.pools)
-        if (layout := _fits(search.changed(more))) is not None:
-            lines.append(f"{int(factor)} times as many devices fit: {format_seconds(layout.seconds)} a step")
+        more = multiplied(request.cluster, int(factor))
+        if more is not None and (fit := request.again(cluster=more).attempt()) is not None:
+            text = f"{int(factor)} times as many devices fit: {format_seconds(fit.seconds)} a step"
+            found.append(Remedy(text, {"cluster": more}))
             break
-    if (layout := _fits(search.changed(optimizer="sgd"))) is not None:
-        lines.append(f"optimizer 'sgd' fits: {format_seconds(layout.seconds)} a step")
-    return tuple(lines) or ("no change of one thing alone makes it fit: use more and larger devices",)
+    for size in (request.batch >> k for k in range(1, request.batch.bit_length())):
+        if request.again(batch=size).feasible() and (fit := request.again(batch=size).attempt()) is not None:
+            text = f"a batch of {size} instead of {request.batch} fits: {format_seconds(fit.seconds)} a step"
+            found.append(Remedy(text, {"batch": size}))
+            break
+    if request.train and request.optimizer not in ("none", "sgd"):
+        fit = request.again(optimizer="sgd").attempt()
+        if fit is not None:
+            text = f"optimizer 'sgd' fits: {format_seconds(fit.seconds)} a step"
+            found.append(Remedy(text, {"optimizer": "sgd"}))
+    return tuple(found) or (Remedy("no change of one thing alone makes it fit: use more and larger devices", {}),)
 
 
-def _fits(search: Search) -> Layout | None:
-    found = search.run(SECONDS)
-    return found.layouts[0] if found.layouts else None
+def multiplied(cluster: Cluster, factor: int) -> Cluster | None:
+    """``factor`` times as many of each kind of node; None where the cluster is not made of devices with presets."""
 
+    def spec(times: int) -> str:
+        nodes = [
+            (ds[0].kind, len(ds)) for _, members in groupby(cluster.devices, lambda d: d.node) if (ds := list(members))
+        ]
+        return " + ".join(f"{times * len(list(same))}x{n}x{kind}" for (kind, n), same in groupby(nodes))
 
-def _more(pool: Pool, factor: int) -> Pool:
-    return replace(pool, names=tuple(_names(pool, factor)))
-
-
-def _names(pool: Pool, factor: int) -> Iterator[str]:
-    for copy in range(factor):
-        for name in pool.names:
-            yield name if copy == 0 else f"{name}+{copy}"
+    try:
+        same, more = describe(spec(1)), describe(spec(factor))
+    except ClusterError:
+        return None
+    memory = {d.kind: d.memory_bytes for d in cluster.devices}
+    if len(same.devices) != len(cluster.devices):
+        return None
+    return replace(more, devices=tuple(replace(d, memory_bytes=memory[d.kind]) for d in more.devices))

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from partita.cluster import Cluster
 from partita.cost.roofline import Assumptions
-from partita.errors import InfeasibleError, PlanError, UsageError
+from partita.errors import PlanError, UsageError
 from partita.graph import Graph
 from partita.manual import stage_names
 from partita.plan import Batch, Plan, Predicted, Stage
+from partita.plan_text import explain_later
+from partita.planners.constraints import Constraints
+from partita.planners.large.clock import ranked
+from partita.planners.large.degrees import Degrees, Layout
 from partita.planners.large.explain import reasons
-from partita.planners.large.layout import Degrees, Layout
-from partita.planners.large.pools import pools
+from partita.planners.large.marks import blocks_in_order
 from partita.planners.large.prices import Pool
-from partita.planners.large.remedies import remedies
+from partita.planners.large.remedies import why_not
+from partita.planners.large.request import requested
 from partita.planners.large.search import SECONDS, Found, Limits, Search
-from partita.planners.large.units import units
+from partita.planners.large.whatif import margins
 
-HEADROOM = 0.95
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 
 
@@ -42,14 +46,16 @@ def plan_large(
     optimizer: str = "adamw",
     objective: str = "train",
     assume: Assumptions | None = None,
+    constraints: Constraints | Mapping[str, Any] | None = None,
     limits: Limits | None = None,
     seconds: float = SECONDS,
 ) -> Large:
     """The fastest layout of a large model on a described cluster, in closed form; nothing is run.
 
     ``batch``: samples a step (0: the graph's). ``assume``: shares of published peaks that are reached (None: mixed
-    precision where every device has 16-bit products). Raises InfeasibleError with remedies that were planned and fit,
-    UsageError for an unknown objective, PlanError for a model without ops.
+    precision where every device has 16-bit products). ``limits``: instead of the numbers among the ``constraints``.
+    Raises InfeasibleError with remedies that were planned and fit, PlanError for a model without ops or constraints
+    that contradict each other (the smallest set that does), UsageError for an unknown objective.
     """
     if objective not in ("train", "inference"):
         raise UsageError(f"objective {objective!r} is not known; take 'train' or 'inference'")
@@ -61,25 +67,15 @@ def plan_large(
             "the model's inputs share no batch dim, so it cannot be divided into microbatches or replicas: "
             + "; ".join(graph.notes)
         )
-    chosen = assume or default_assumptions(cluster)
-    row = units(graph)
-    there = pools(cluster, chosen)
     train = objective == "train" and any(t.needs_grad for t in graph.of_role("parameter", "input"))
-    search = Search(
-        graph,
-        row,
-        there,
-        batch=samples,
-        assume=chosen,
-        optimizer=optimizer,
-        headroom=HEADROOM,
-        train=train,
-        limits=limits,
-    )
-    found = search.run(seconds)
+    request = requested(
+        graph, cluster, samples, optimizer, Constraints.read(constraints), train=train,
+        assume=assume or default_assumptions(cluster), limits=limits,
+    )  # fmt: skip
+    search = request.search
+    found = ranked(search, search.run(seconds))
     if not found.layouts:
-        lines = "".join(f"\n  - {line}" for line in remedies(search))
-        raise InfeasibleError(f"{graph.name} does not fit {_cluster_text(there)}: {found.why_not}{lines}")
+        raise why_not(request, found)
     best = found.layouts[0]
     flops = sum(op.flops for op in graph.ops) / graph.batch * samples * (3.0 if train else 1.0)
     plan = to_plan(search, best)
@@ -97,7 +93,7 @@ def plan_large(
         predicted=Predicted(best.seconds, plan.stages[slowest].devices[0], memory),
         reasons=reasons(search, found, flops),
     )
-    return Large(plan, best, found, flops)
+    return Large(explain_later(plan, lambda: margins(request, best)), best, found, flops)
 
 
 def default_assumptions(cluster: Cluster) -> Assumptions:
@@ -109,7 +105,9 @@ def to_plan(search: Search, layout: Layout) -> Plan:
     """Stages in the model's order; a stage's devices are replicas, each of ``tensor`` devices in a row."""
     graph, degrees = search.graph, layout.degrees
     row, count = search.units.row, degrees.stages * degrees.chunks
-    again_of = [_recomputed(search, layout, s) for s in range(count)]
+    p = degrees.stages
+    again_in = [search.marks.recomputed(search.kinds, x.spans, x.recomputed) for x in layout.stages]
+    again_of = [again_in[s % p][s // p] for s in range(count)]
     stage_of: dict[str, int] = {}
     marked: dict[str, int] = {}
     for s in range(count):
@@ -118,6 +116,7 @@ def to_plan(search: Search, layout: Layout) -> Plan:
             for i in row[u].ops:
                 stage_of[graph.ops[i].name] = s
                 marked[graph.ops[i].name] = 2 * s + (u in again_of[s])
+    blocks = blocks_in_order(degrees, tuple(s.spans for s in layout.stages), search.marks.places)
     names = stage_names(graph, stage_of, count)
     again = stage_names(graph, marked, 2 * count)
     stages = []
@@ -128,7 +127,12 @@ def to_plan(search: Search, layout: Layout) -> Plan:
         repeated = (*again[2 * s + 1][0], *again[2 * s + 1][1])
         stages.append(
             Stage(
-                _devices(search.pools, degrees, rank), modules, ops, repeated, _shards(search, layout, s), group.degree
+                _devices(search.pools, degrees, rank, blocks[rank]),
+                modules,
+                ops,
+                repeated,
+                _shards(search, layout, s),
+                group.degree,
             )
         )
     return Plan(
@@ -136,37 +140,15 @@ def to_plan(search: Search, layout: Layout) -> Plan:
         model=graph.name,
         fingerprint=graph.fingerprint,
         batch=Batch(search.batch, layout.microbatches),
-        schedule="interleaved" if degrees.chunks > 1 else "1f1b",
+        schedule=degrees.schedule if degrees.stages > 1 else search.limits.order or degrees.schedule,
         zero=degrees.zero,
     )
 
 
-def _devices(there: Sequence[Pool], degrees: Degrees, rank: int) -> tuple[str, ...]:
-    used = [0] * len(there)
-    for group in degrees.groups:
-        size = group.replicas * group.degree
-        if rank < group.stages:
-            start = used[group.pool] + rank * size
-            return there[group.pool].names[start : start + size]
-        used[group.pool] += group.stages * size
-        rank -= group.stages
-    raise IndexError(rank)
-
-
-def _recomputed(search: Search, layout: Layout, s: int) -> set[int]:
-    """Units of stage ``s`` (in the model's order) that run again in backward: the first of each kind."""
-    stage = layout.stages[s % layout.degrees.stages]
-    left = list(stage.recomputed)
-    for chunk, (start, stop) in enumerate(stage.spans):
-        chosen = set()
-        for u in range(start, stop):
-            kind = search.units.row[u].kind
-            if left[kind] > 0:
-                left[kind] -= 1
-                chosen.add(u)
-        if chunk == s // layout.degrees.stages:
-            return chosen
-    raise IndexError(s)
+def _devices(there: Sequence[Pool], degrees: Degrees, rank: int, block: int) -> tuple[str, ...]:
+    group = degrees.groups[degrees.group_of(rank)]
+    size = group.replicas * group.degree
+    return there[group.pool].names[block * size : (block + 1) * size]
 
 
 def _shards(search: Search, layout: Layout, s: int) -> tuple[tuple[str, str], ...]:
@@ -183,7 +165,3 @@ def _shards(search: Search, layout: Layout, s: int) -> tuple[tuple[str, str], ..
             if isinstance(form, int):
                 found[_NUMBER.sub("*", search.graph.tensor(name).path or name)] = f"Shard({form})"
     return tuple(found.items())
-
-
-def _cluster_text(there: Sequence[Pool]) -> str:
-    return " + ".join(f"{p.count} x {p.device.kind}" for p in there)

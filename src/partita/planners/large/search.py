@@ -8,16 +8,21 @@ bound is no better than the best layout found: that one is then the best of all.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from itertools import permutations, product
 
 import numpy as np
 
 from partita.cost.roofline import Assumptions
 from partita.graph import Graph
-from partita.planners.large.layout import Degrees, Group, Layout, Pricer, Row
+from partita.planners.large.degrees import Degrees, Group, Layout
+from partita.planners.large.layout import Pricer
+from partita.planners.large.loads import Row
+from partita.planners.large.marks import Marks
 from partita.planners.large.prices import Pool, Prices
+from partita.planners.large.tensor import Form
 from partita.planners.large.units import Units
 
 SECONDS = 6.0
@@ -25,12 +30,17 @@ MOST_SAMPLES, MIXED_SAMPLES = 256, 16
 CHUNKS = (2, 3, 4, 5, 6, 7, 8, 10, 12)
 KEPT = 40
 NEAR = 1.1  # layouts up to a tenth slower than the best are kept, to be told as the next best
+QUICK = 1.5
 PATIENCE = 4  # times the seconds are spent where nothing was found to fit yet
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the user fixed; 0 leaves it to the search. ``within_node``: tensor degrees stay inside a node."""
+    """What the user fixed; 0 leaves it to the search. ``within_node``: tensor degrees stay inside a node.
+
+    ``stages``: in a row; ``total`` and ``most``: of the plan, with those that a device takes in turn, exactly and at
+    most. ``divided``: ops are divided (a degree above 1). ``order``: '' leaves the schedule open.
+    """
 
     degree: int = 0
     stages: int = 0
@@ -41,6 +51,15 @@ class Limits:
     recompute: str = "needed"
     within_node: bool = True
     zero: int = -1
+    total: int = 0
+    most: int = 0
+    microbatches: int = 0
+    divided: bool = False
+    order: str = ""
+
+    def allows(self, stages: int) -> bool:
+        """So many stages in the plan."""
+        return (not self.total or stages == self.total) and (not self.most or stages <= self.most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +74,9 @@ class Found:
 
     @property
     def gap(self) -> float:
-        return max(0.0, self.layouts[0].seconds / self.bound - 1.0) if self.layouts and self.bound else 0.0
+        """Of the closed forms, by which the search goes."""
+        best = min((layout.closed for layout in self.layouts), default=0.0)
+        return max(0.0, best / self.bound - 1.0) if self.bound else 0.0
 
 
 class Search:
@@ -74,15 +95,25 @@ class Search:
         train: bool = True,
         limits: Limits | None = None,
         like: Search | None = None,
+        marks: Marks | None = None,
+        wanted: Mapping[str, Form] | None = None,
     ) -> None:
-        """``like``: a search of the same model and assumptions, whose looked-up counts serve here too."""
+        """``like``: a search of the same model and assumptions, whose looked-up counts serve here too. ``wanted``: how
+        parameters must be divided.
+        """
         self.graph, self.units, self.pools, self.batch = graph, units, pools, batch
         self.limits = limits or Limits()
         self.assume, self.optimizer, self.headroom = assume, optimizer, headroom
         self.kinds = np.array([u.kind for u in units.row])
-        self.prices: Prices = Prices(graph, units, assume, like.prices.shapes if like else None)
+        self.marks = marks or Marks.none(len(units.row))
+        self.prices: Prices = Prices(graph, units, assume, like.prices.shapes if like else None, wanted)
+        if like is not None and like._same_prices(self):
+            self.prices = like.prices
         self.ties: tuple[tuple[int, int, float], ...] = like.ties if like else _ties(graph, units)
-        self.pricer = Pricer(pools, batch, assume, optimizer=optimizer, headroom=headroom, train=train, ties=self.ties)
+        self.pricer = Pricer(
+            pools, batch, assume, optimizer=optimizer, headroom=headroom, train=train, ties=self.ties,
+            marks=self.marks, microbatches=self.limits.microbatches,
+        )  # fmt: skip
         self._rows: dict[tuple[int, int, bool, int], Row | None] = {}
 
     def changed(self, pools: tuple[Pool, ...] | None = None, batch: int = 0, optimizer: str = "") -> Search:
@@ -98,7 +129,27 @@ class Search:
             train=self.pricer.train,
             limits=self.limits,
             like=self,
+            marks=self.marks,
+            wanted=self.prices.wanted,
         )
+
+    def _same_prices(self, other: Search) -> bool:
+        """Prices looked up here are those of the other search: they do not depend on memory, batch or counts."""
+
+        def priced(search: Search) -> object:
+            kinds = {
+                (
+                    p.device.kind,
+                    p.device.memory_bandwidth,
+                    p.per_node,
+                    p.inside,
+                    p.across if len(p.names) > p.per_node else None,
+                )
+                for p in search.pools
+            }
+            return kinds, search.units.row, search.prices.wanted, search.assume
+
+        return priced(self) == priced(other)
 
     def best_of(self, listed: Sequence[Degrees]) -> float:
         """Seconds of the fastest of these layouts; infinite where none fits."""
@@ -113,7 +164,7 @@ class Search:
         key = (pool, degree, sequence, samples)
         if key not in self._rows:
             prices = self.prices.of(self.pools[pool], degree, sequence, samples)
-            self._rows[key] = Row.of(self.kinds, prices) if prices is not None else None
+            self._rows[key] = Row.of(self.kinds, prices, self.marks.again) if prices is not None else None
         return self._rows[key]
 
     def rows(self, degrees: Degrees) -> tuple[Row, ...] | None:
@@ -123,17 +174,23 @@ class Search:
     def run(self, seconds: float = SECONDS) -> Found:
         """The best layouts. ``seconds``: of this process, after which the best so far is returned with its bound."""
         began = time.process_time()
-        listed: list[tuple[float, Degrees, tuple[Row, ...]]] = []
-        for degrees in self._all():
-            rows = self.rows(degrees)
-            if rows is not None and self._may_fit(degrees, rows):
-                listed.append((self.pricer.bound(degrees, rows), degrees, rows))
-        listed.sort(key=lambda item: item[0])
-        best, tried, bound = np.inf, 0, 0.0
+        queue = [
+            (self.pricer.quick(degrees, rows), i, False, degrees, rows)
+            for i, (degrees, rows) in enumerate(self._listed())
+        ]
+        listed = len(queue)
+        heapify(queue)
+        best, tried, bound = np.inf, 0, np.inf
         found: list[Layout] = []
-        for bound, degrees, rows in listed:
+        while queue:
+            bound, i, exact, degrees, rows = heappop(queue)
             if bound >= best or time.process_time() - began > seconds * (1 if found else PATIENCE):
                 break
+            if not exact:  # memory is counted only for those whose turn comes
+                least = max(bound, self.pricer.bound(degrees, rows))
+                if least < np.inf:
+                    heappush(queue, (least, i, True, degrees, rows))
+                continue
             layout = self.pricer.price(degrees, rows, best * NEAR)
             tried += 1
             if layout is not None:
@@ -143,9 +200,28 @@ class Search:
             bound = best
         found.sort(key=lambda item: item.seconds)
         why = "" if found else self._why_not(listed)
-        return Found(tuple(found[:KEPT]), min(bound, best), tried, len(listed), why)
+        return Found(tuple(found[:KEPT]), min(bound, best), tried, listed, why)
 
-    def _why_not(self, listed: list[tuple[float, Degrees, tuple[Row, ...]]]) -> str:
+    def fits(self, seconds: float = QUICK) -> bool:
+        """Whether any layout is found to fit within so many seconds of this process."""
+        began = time.process_time()
+        for degrees, rows in sorted(
+            self._listed(), key=lambda pair: (pair[0].samples, -pair[0].zero, -_divided(pair[0]))
+        ):
+            if self.pricer.bound(degrees, rows) < np.inf and self.pricer.price(degrees, rows) is not None:
+                return True
+            if time.process_time() - began > seconds:
+                break
+        return False
+
+    def _listed(self) -> Iterator[tuple[Degrees, tuple[Row, ...]]]:
+        """Degrees whose weights and state fit all devices together, with the prices of the units."""
+        for degrees in self._all():
+            rows = self.rows(degrees)
+            if rows is not None and self._may_fit(degrees, rows):
+                yield degrees, rows
+
+    def _why_not(self, listed: int) -> str:
         if listed:
             return "activations and weights of every layout exceed the devices' memory, even where all is recomputed"
         return "weights, gradients and optimizer state exceed the memory of all devices together"
@@ -153,23 +229,35 @@ class Search:
     # -- what there is to try
 
     def _all(self) -> Iterator[Degrees]:
+        limits = self.limits
         for groups in self._groups():
             replicas = max(g.replicas for g in groups)
             divided = any(g.degree > 1 for g in groups)
             stages = sum(g.stages for g in groups)
             for samples in self._samples(replicas, stages, MIXED_SAMPLES if len(groups) > 1 else MOST_SAMPLES):
-                m = -(-self.batch // samples)
+                m = limits.microbatches or -(-self.batch // samples)
                 if m < replicas:
                     continue
-                ways = (self.limits.sequence,) if self.limits.sequence is not None else (True, False)
+                ways = (limits.sequence,) if limits.sequence is not None else (True, False)
                 for sequence in ways if divided else (False,):
                     assert sequence is not None
                     for zero in self._zero(groups, stages):
-                        one = Degrees(groups, samples, 1, zero, sequence, self.limits.recompute)
-                        if self.limits.chunks in (0, 1):
-                            yield one
-                        for chunks in self._chunks(groups, stages, m):
-                            yield replace(one, chunks=chunks)
+                        for order, chunks in self._orders(groups, stages, m, zero):
+                            yield Degrees(groups, samples, chunks, zero, sequence, limits.recompute, order)
+
+    def _orders(self, groups: tuple[Group, ...], stages: int, m: int, zero: int) -> Iterator[tuple[str, int]]:
+        """(order where a device has one stage, stages a device takes in turn)."""
+        limits = self.limits
+        if limits.chunks in (0, 1) and limits.allows(stages):
+            if stages == 1:
+                yield "1f1b", 1
+            elif limits.order != "interleaved":
+                yield limits.order or "1f1b", 1
+                splits = self.pricer.train and len(groups) == 1 and zero < 2 and limits.recompute != "all"
+                if not limits.order and splits and not self.marks.again.any():
+                    yield "zero_bubble", 1
+        if limits.order in ("", "interleaved") and not self.marks.places:
+            yield from (("1f1b", v) for v in self._chunks(groups, stages, m) if limits.allows(stages * v))
 
     def _zero(self, groups: tuple[Group, ...], stages: int) -> tuple[int, ...]:
         if self.limits.zero >= 0:
@@ -183,11 +271,16 @@ class Search:
             return ()
         if (m // groups[0].replicas) % stages:
             return ()
-        wanted = CHUNKS if not self.limits.chunks else (self.limits.chunks,) if self.limits.chunks > 1 else ()
-        return tuple(v for v in wanted if stages * v <= len(self.units.row))
+        limits = self.limits
+        wanted: tuple[int, ...] = CHUNKS
+        if limits.chunks or limits.total:
+            wanted = (limits.chunks or limits.total // stages,)
+        return tuple(v for v in wanted if v > 1 and stages * v <= len(self.units.row))
 
     def _samples(self, replicas: int, stages: int, largest: int) -> tuple[int, ...]:
         """Microbatches of one replica: powers of two, and all of its samples at once."""
+        if self.limits.microbatches:
+            return (-(-self.batch // self.limits.microbatches),) if self.limits.microbatches <= self.batch else ()
         if self.limits.samples:
             return (self.limits.samples,)
         most = max(1, self.batch // replicas)
@@ -197,48 +290,53 @@ class Search:
         return tuple(sorted(sizes))
 
     def _groups(self) -> Iterator[tuple[Group, ...]]:
+        """Stages in a row on one pool, or on several, which then leave none of their devices idle."""
+        most = min(filter(None, (self.limits.stages, self.limits.total, self.limits.most, len(self.units.row))))
         for k in range(len(self.pools)):
-            for group in self._of_pool(k, every=True):
-                yield (group,)
-        if len(self.pools) < 2 or self.limits.stages or self.limits.replicas:
+            for group in self._of_pool(k, most):
+                if not self.limits.stages or group.stages == self.limits.stages:
+                    yield (group,)
+        if len(self.pools) < 2:
             return
         for count in range(2, len(self.pools) + 1):
             for order in permutations(range(len(self.pools)), count):
-                for groups in product(*(tuple(self._of_pool(k, every=False)) for k in order)):
-                    if sum(g.stages for g in groups) <= len(self.units.row):
+                used = [[g for g in self._of_pool(k, most) if self._all_of(g)] for k in order]
+                for groups in product(*used):
+                    stages = sum(g.stages for g in groups)
+                    if stages <= most and (not self.limits.stages or stages == self.limits.stages):
                         yield tuple(groups)
 
-    def _of_pool(self, k: int, *, every: bool) -> Iterator[Group]:
-        """Ways to use one pool. ``every``: any number of stages; else those that leave no device idle."""
+    def _all_of(self, group: Group) -> bool:
+        """The group uses all devices of its pool, or all that fixed replicas leave it."""
+        count = self.pools[group.pool].count // group.degree
+        return group.stages * group.replicas == count or bool(self.limits.replicas)
+
+    def _of_pool(self, k: int, most: int) -> Iterator[Group]:
+        """Ways to use one pool: as many replicas as there are devices for, or as were asked for."""
         pool, limits = self.pools[k], self.limits
         for degree in _divisors(pool.per_node if limits.within_node else pool.count):
-            if limits.degree and degree != limits.degree:
+            if (limits.degree and degree != limits.degree) or (limits.divided and degree == 1):
                 continue
             count = pool.count // degree
-            for stages in range(1, min(count, len(self.units.row)) + 1):
-                if limits.stages and stages != limits.stages:
-                    continue
+            for stages in range(1, min(count, most) + 1):
                 replicas = min(count // stages, self.batch)
                 if limits.replicas:
                     replicas = limits.replicas if limits.replicas <= replicas else 0
-                if replicas < 1 or (not every and stages * replicas != count):
-                    continue
-                yield Group(k, stages, replicas, degree)
+                if replicas:
+                    yield Group(k, stages, replicas, degree)
 
     def _may_fit(self, degrees: Degrees, rows: tuple[Row, ...]) -> bool:
         """Whether weights and their state fit all devices together."""
-        room = total = 0.0
+        room, loads = 0.0, self.pricer.loads
         for group, row in zip(degrees.groups, rows, strict=True):
-            counts = row.all
-            held = self.pricer.state.held(
-                float(row.weights @ counts),
-                float(row.trained @ counts),
-                group.replicas,
-                degrees.zero,
-            )
-            room += group.stages * self.pricer.limit(self.pools[group.pool]) / held
-            total = 1.0
-        return room >= total
+            held = loads.state.held(row.total.weights, row.total.trained, group.replicas, degrees.zero)
+            room += group.stages * loads.limit(self.pools[group.pool]) / max(held, 1.0)
+        return room >= 1.0
+
+
+def _divided(degrees: Degrees) -> int:
+    """In how many parts weights lie."""
+    return max(g.stages * g.degree for g in degrees.groups)
 
 
 def _divisors(n: int) -> list[int]:

@@ -12,7 +12,7 @@ Exact where no more than ``BEAM`` states are alive at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from partita.cost.ops import short
@@ -82,8 +82,24 @@ class Choice:
     extra: tuple[tuple[str, str], ...] = ()  # (tensor whose rows are exchanged, collective)
 
 
-def choices(shapes: Shapes, op: Op, parts: int) -> list[Choice]:
-    """Whole, and along every label that divides evenly; an op with a matrix of weights divides it where it can."""
+def choices(shapes: Shapes, op: Op, parts: int, wanted: Mapping[str, Form] | None = None) -> list[Choice]:
+    """Whole, and along every label that divides evenly; an op with a matrix of weights divides it where it can.
+
+    ``wanted``: parameters that a person wants divided so; the ops that use them have no other choice.
+    """
+    asked = {n: wanted[n] for n in op.uses() if wanted and n in wanted}
+    if not asked:
+        return _choices(shapes, op, parts)
+    found = _choices(shapes, op, parts, every=True)
+    return [c for c in found if all(_held(form) == asked.get(name, _held(form)) for name, form in c.inputs)]
+
+
+def _held(form: Form) -> Form:
+    """How a parameter is stored that an op needs in this form."""
+    return form if isinstance(form, int) else WHOLE
+
+
+def _choices(shapes: Shapes, op: Op, parts: int, *, every: bool = False) -> list[Choice]:
     graph = shapes.graph
     uses, outs = op.uses(), tuple(o for o in op.outputs if o)
     found = [Choice("", tuple((n, WHOLE) for n in uses), tuple((o, WHOLE) for o in outs))]
@@ -91,8 +107,8 @@ def choices(shapes: Shapes, op: Op, parts: int) -> list[Choice]:
     if dims is None or op.target.startswith("opaque:"):
         return found
     found += _looked_up(graph, op, parts)
-    every = {label for _, labelled in (*dims.inputs, *dims.outputs) for labels in labelled for label in labels}
-    for label in sorted(every - dims.whole):
+    every_label = {label for _, labelled in (*dims.inputs, *dims.outputs) for labels in labelled for label in labels}
+    for label in sorted(every_label - dims.whole):
         size = dims.sizes.get(label)
         if not isinstance(size, int) or size < parts or size % parts:
             continue
@@ -113,7 +129,7 @@ def choices(shapes: Shapes, op: Op, parts: int) -> list[Choice]:
         found.append(Choice(label, tuple(given.items()), tuple((o, outputs.get(o, WHOLE)) for o in outs)))
     tables = {n for n in uses if graph.tensor(n).role == "parameter" and len(graph.tensor(n).shape) > 1}
     divided = [c for c in found if any(isinstance(f, int) for n, f in c.inputs if n in tables)]
-    return divided or found
+    return found if every else divided or found
 
 
 def _place(labelled: tuple[tuple[str, ...], ...], label: str) -> int | None:
@@ -162,10 +178,11 @@ def divide(
     entering: Callable[[str], Form],
     leaving: Callable[[str], Form | None],
     sequence: bool,
+    wanted: Mapping[str, Form] | None = None,
 ) -> Division | None:
     """The cheapest division of the run. ``exchange(collective, tensor)``: seconds of one. ``entering``: how a value
-    made before the run arrives; ``leaving``: how one used after it must be left (None: as it comes). None: there is
-    none.
+    made before the run arrives; ``leaving``: how one used after it must be left (None: as it comes). ``wanted``: forms
+    of parameters that are fixed. None: there is none.
     """
     graph = shapes.graph
     last: dict[str, int] = {}
@@ -188,7 +205,9 @@ def divide(
     trail: list[dict[State, _Step]] = []
     for i in ops:
         op = graph.ops[i]
-        options = [(c, seconds(op, Share(c.label, parts) if c.label else ALL)) for c in choices(shapes, op, parts)]
+        options = [
+            (c, seconds(op, Share(c.label, parts) if c.label else ALL)) for c in choices(shapes, op, parts, wanted)
+        ]
         following: dict[State, _Step] = {}
         for state, step in layer.items():
             held = {name: (form, paid) for name, form, paid in state}

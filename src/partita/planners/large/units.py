@@ -7,7 +7,7 @@ leaves least to send. Equal layers have equal signatures, so a thousand of them 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,10 +38,13 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Units:
-    """``sent``: for each unit, the tensors that live on past its end and follow the batch (names)."""
+    """``sent``: for each unit, the tensors that live on past its end and follow the batch (names). ``extra``: units
+    that begin at an op only because somebody named it.
+    """
 
     row: tuple[Unit, ...]
     sent: tuple[tuple[str, ...], ...]
+    extra: frozenset[int] = frozenset()
 
     @property
     def num_kinds(self) -> int:
@@ -52,9 +55,12 @@ class Units:
         return next(i for i, u in enumerate(self.row) if u.kind == kind)
 
 
-def units(graph: Graph, pieces: int = PIECES) -> Units:
-    """The model's ops in order, as few units as leave no heavy one undivided."""
-    work = np.array([_work(graph, op) for op in graph.ops])
+def units(graph: Graph, pieces: int = PIECES, also: Iterable[int] = ()) -> Units:
+    """The model's ops in order, as few units as leave no heavy one undivided.
+
+    ``also``: ops at which a unit begins too, where a cut may stand.
+    """
+    work = np.array([op_work(graph, op) for op in graph.ops])
     weights = _weights(graph)
     paths = [tuple(op.module.split(".")) if op.module else () for op in graph.ops]
     runs: list[tuple[int, int]] = []
@@ -72,13 +78,15 @@ def units(graph: Graph, pieces: int = PIECES) -> Units:
         options = _between(starts, stop, start, legal)
         if options:
             edges.append(min(options, key=lambda e: (crossing[e], e)))
-    edges = [*_narrow(sorted(set(edges)), crossing), len(graph.ops)]
+    narrow = _narrow(sorted(set(edges)), crossing)
+    named = {e for e in also if 0 < e < len(graph.ops) and legal[e]} - set(narrow)
+    edges = [*sorted({*narrow, *named}), len(graph.ops)]
     known: dict[str, int] = {}
     row = []
     for a, b in zip(edges, edges[1:], strict=False):
         kind = known.setdefault(signature(graph, graph.ops[a:b]), len(known))
         row.append(Unit(a, b, kind, _name(graph.ops[a:b])))
-    return Units(tuple(row), _sent(graph, row))
+    return Units(tuple(row), _sent(graph, row), frozenset(i for i, u in enumerate(row) if u.start in named))
 
 
 def _typical(sizes: NDArray[np.float64]) -> float:
@@ -119,7 +127,7 @@ def _split(
             begin = i
 
 
-def _work(graph: Graph, op: Op) -> float:
+def op_work(graph: Graph, op: Op) -> float:
     if family(op) == "view":
         return 0.0
     moved = sum(graph.tensor(o).nbytes(max(graph.batch, 1)) for o in op.outputs if o)
