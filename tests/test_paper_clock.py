@@ -1,4 +1,4 @@
-"""A schedule played with a clock: what must hold whatever the layout, and where the closed forms are exact or are not."""
+"""A schedule played with a clock: what holds whatever the layout, and where the closed forms are exact."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def test_degrees_go_over_nodes_only_where_allowed(graph: Graph) -> None:
     ("constraints", "said"),
     [
         ({"stages": 3, "max_stages": 2, "zero": 1}, "smallest conflicting set: max_stages 2, stages 3\n"),
-        ({"split_before": ["layers.3"], "max_stages": 1}, "smallest conflicting set: split_before 'layers.3', max_stages 1"),
+        ({"split_before": ["layers.3"], "max_stages": 1},
+         "smallest conflicting set: split_before 'layers.3', max_stages 1"),
         ({"keep_together": ["layers"], "split_before": ["layers.4"], "tensor": 2},
          "smallest conflicting set: keep_together 'layers', split_before 'layers.4'\n"),
         ({"replicas": 16, "tensor": 2}, "smallest conflicting set: replicas 16, tensor 2"),
@@ -120,12 +122,11 @@ def test_contradictions_are_told_with_the_smallest_set_and_what_works(
 
 
 def test_what_memory_forbids_names_the_constraint_and_offers_what_fits(graph: Graph) -> None:
-    from dataclasses import replace
-
+    asked = {"max_stages": 1, "tensor": 1, "zero": 0}
     cluster = describe("4xV100-16GB")
     cluster = replace(cluster, devices=tuple(replace(d, memory_bytes=int(4.6e9)) for d in cluster.devices))
     with pytest.raises(InfeasibleError, match="within the devices' memory these cannot be met: max_stages 1") as caught:
-        plan_large(graph, cluster, batch=64, constraints={"max_stages": 1, "tensor": 1, "zero": 0})
+        plan_large(graph, cluster, batch=64, constraints=asked)
     assert caught.value.remedies
     for remedy in caught.value.remedies:
         change = {

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partita import plan_file
+from partita import device_names, plan_file
 from partita.errors import PlanError, UsageError
 from partita.plan import Batch, Plan, Predicted, Stage
 from partita.plan_text import counted, shorten
@@ -276,3 +276,33 @@ def test_runs_of_numbered_modules_are_shortened() -> None:
     assert shorten(("cpu:0", "cpu:1", "node1/cuda:1", "1.10", "x07")) == "cpu:0-1, node1/cuda:1, 1.10, x07"
     assert counted(("2MiB", "2MiB", "1MiB", "2MiB")) == "2 x 2MiB, 1MiB, 2MiB"
     assert shorten([f"m{i}x" for i in range(99)], limit=12) == "m0x, m1x, and 97 more"
+
+
+numbered = st.builds(
+    lambda node, stem, k: f"{node}{stem}{k}",
+    st.sampled_from(["", "node0/", "node1/", "node2/", "node9/", "node10/", "rack/node3/", "node01/"]),
+    st.sampled_from(["cuda:", "cpu:", "gpu", "a.", ""]),
+    st.sampled_from(["0", "1", "2", "3", "09", "10", "11", "x", "007"]),
+)
+
+
+@given(st.lists(numbered, max_size=40))
+def test_shortened_device_names_are_the_same_names(written: list[str]) -> None:
+    assert tuple(n for entry in device_names.shortened(written) for n in device_names.expanded(entry)) == tuple(written)
+
+
+def test_a_thousand_devices_are_one_word() -> None:
+    every = tuple(f"node{n}/cuda:{i}" for n in range(2, 130) for i in range(8))
+    assert device_names.shortened(every) == ("node2..129/cuda:0..7",)
+    plan = Plan(
+        (Stage(every, ("a",), tensor=8),), devices=every, status="feasible",
+        predicted=Predicted(1.0, every[0], tuple((n, 2**30) for n in every)),
+    )  # fmt: skip
+    text = plan_file.dumps(plan)
+    assert len(text) < 500 and plan_file.loads(text) == plan
+
+
+@pytest.mark.parametrize("entry", ["cuda:7..0", "cuda:0..07", "node0..99999/cuda:0..99999"])
+def test_a_range_that_means_nothing_is_refused_with_its_line(entry: str) -> None:
+    with pytest.raises(PlanError, match="line 3: stages"):
+        plan_file.loads(f"partita: 1\nstages:\n  - devices: [{entry}]\n")

@@ -2,6 +2,7 @@
 
     python -m benchmarks.planner.scale             the cases, then growth with layers and with devices
     python -m benchmarks.planner.scale --cases     the cases only
+    python -m benchmarks.planner.scale --growth -o growth.svg     growth only, drawn
 
 Every line runs in a process of its own: ``peak`` is that process's largest resident memory, imports included (torch
 alone takes about 0.25 GiB). ``capture`` includes making the model; ``plan`` everything from the captured graph to the
@@ -16,10 +17,12 @@ import multiprocessing
 import resource
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.planner.plot import Line, Panel, svg
 from partita.capture import capture
 from partita.cluster import Cluster
 from partita.models import GPTSize, make
@@ -81,6 +84,7 @@ def measure(case: Case) -> dict[str, Any]:
         "plan_cpu": ended[1] - captured[1],
         "devices": len(cluster.devices),
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "step": made.layout.seconds,
         "gap": made.found.gap,
         "layout": spell(made.layout.degrees),
@@ -110,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", action="store_true", help="no growth")
     parser.add_argument("--growth", action="store_true", help="growth only")
+    parser.add_argument("--out", "-o", type=Path, help="SVG to draw growth into")
     options = parser.parse_args()
     if not options.growth:
         print(HEADER)
@@ -120,12 +125,20 @@ def main() -> None:
         )
     if options.cases:
         return
-    for title, cases in (("growth with layers", LAYERS), ("growth with devices", DEVICES)):
-        print(f"\n{title}\n{HEADER}")
+    panels = []
+    for title, key, cases in (("layers (64 H100)", "layers", LAYERS), ("devices (GPT-3 175B)", "devices", DEVICES)):
+        print(f"\ngrowth with {title}\n{HEADER}")
+        rows = []
         for case in cases:
-            row = _apart(case)
-            bar = "#" * round(8 * row["plan"])
-            print(f"{_line(case, row)}  {bar}", flush=True)
+            rows.append({**_apart(case), "layers": case.model})
+            print(f"{_line(case, rows[-1])}  {'#' * round(8 * rows[-1]['plan_cpu'])}", flush=True)
+        lines = tuple(
+            Line(name, tuple((row[key], row[what]) for row in rows))
+            for name, what in (("capture, s", "capture_cpu"), ("plan, s", "plan_cpu"), ("memory, GiB", "peak_gib"))
+        )
+        panels.append(Panel(f"growth with {title}", key, "seconds of the process, GiB", lines))
+    if options.out is not None:
+        options.out.write_text(svg(panels), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def find_plan(
         return kept_timings(captured, over, sizes=sizes, train=objective == "train")
 
     return best_plan(
-        captured, where, model, timings, optimizer=optimizer, constraints=wanted, objective=objective,
+        captured, where, model, timings, optimizer=optimizer, constraints=constraints, objective=objective,
         may_unite=not launched(),
     )[0]  # fmt: skip
 

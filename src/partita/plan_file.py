@@ -1,6 +1,7 @@
 """Plan files: YAML a person would write, strictly read, and written back the same.
 
-Everything round-trips exactly but the prediction, which is written to whole MiB (KiB below one) and four digits.
+Everything round-trips exactly but the prediction, which is written to whole MiB (KiB below one) and four digits. Many
+devices are written as ranges (``node0..127/cuda:0..7``; ``device_names``).
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
 
+from partita.device_names import expanded, shortened, shortened_keys
 from partita.errors import PlanError, UsageError
 from partita.plan import Batch, Plan, Predicted, Stage
 from partita.strict_yaml import Flow, FlowList, Reader, dump, read_text, write_text
@@ -86,10 +89,35 @@ def loads(text: str, source: str = "the plan") -> Plan:
         tree["schedule"] = "zero_bubble"
     file = reader.fill(_File, tree)
     if file is not None:
+        file = _named(reader, file)
         _check(reader, file)
     if file is None or reader.problems:
         raise PlanError(f"{source} cannot be used as a plan:", reader.sorted_problems())
     return _to_plan(file)
+
+
+def _named(reader: Reader, file: _File) -> _File:
+    """With every device by its own name where the file says ``cuda:0..7``."""
+
+    def names(entries: Iterable[str], *path: str | int) -> tuple[str, ...]:
+        found: list[str] = []
+        for i, entry in enumerate(entries):
+            try:
+                found += expanded(entry)
+            except UsageError as error:
+                reader.problem((*path, i), str(error))
+        return tuple(found)
+
+    stages = tuple(
+        msgspec.structs.replace(stage, devices=names(stage.devices, "stages", i, "devices"))
+        for i, stage in enumerate(file.stages)
+    )
+    predicted = file.predicted
+    if predicted is not None:
+        memory = {n: text for key, text in predicted.memory.items() for n in names((key,), "predicted", "memory", key)}
+        predicted = msgspec.structs.replace(predicted, memory=memory)
+    cluster = msgspec.structs.replace(file.cluster, devices=names(file.cluster.devices, "cluster", "devices"))
+    return msgspec.structs.replace(file, stages=stages, predicted=predicted, cluster=cluster)
 
 
 def _check(reader: Reader, file: _File) -> None:
@@ -172,7 +200,7 @@ def dumps(plan: Plan) -> str:
     if plan.model or plan.fingerprint:
         tree["model"] = Flow(name=plan.model, fingerprint=plan.fingerprint)
     if plan.devices:
-        tree["cluster"] = Flow(devices=FlowList(plan.devices))
+        tree["cluster"] = Flow(devices=FlowList(shortened(plan.devices)))
     tree["batch"] = Flow(size=plan.batch.size, microbatches=plan.batch.microbatches)
     if plan.batch.sizes:
         tree["batch"]["sizes"] = FlowList(plan.batch.sizes)
@@ -187,7 +215,7 @@ def dumps(plan: Plan) -> str:
             step_seconds=_digits(plan.predicted.step_seconds),
             one_device_seconds=_digits(plan.predicted.one_device_seconds),
             bottleneck=plan.predicted.bottleneck,
-            memory=Flow({device: memory_text(count) for device, count in plan.predicted.memory}),
+            memory=Flow(shortened_keys([(device, memory_text(count)) for device, count in plan.predicted.memory])),
         )
     if plan.status != "manual":
         tree["status"] = plan.status
@@ -199,7 +227,7 @@ def dumps(plan: Plan) -> str:
 
 
 def _stage_tree(stage: Stage) -> dict[str, Any]:
-    tree: dict[str, Any] = {"devices": FlowList(stage.devices)}
+    tree: dict[str, Any] = {"devices": FlowList(shortened(stage.devices))}
     for key in ("modules", "ops", "recompute"):
         if getattr(stage, key):
             tree[key] = FlowList(getattr(stage, key))

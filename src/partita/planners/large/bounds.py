@@ -88,7 +88,7 @@ def shared(loads: Loads, degrees: Degrees, rows: tuple[Row, ...]) -> float:
     flights = loads.flights(degrees, m)
     first = degrees.groups[0].stages
     total = np.zeros(rows[0].counts.shape[1])
-    paces = []
+    paces: list[Array] = []
     for group, row, mine in zip(degrees.groups, rows, (flights[:first], flights[first:]), strict=True):
         counts = row.counts if not paces else row.all[:, None] - row.counts
         work, slowest = _of_columns(loads, degrees, group, row, counts, mine)

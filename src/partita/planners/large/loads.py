@@ -275,11 +275,13 @@ class Loads:
         """Of each stage, microbatches held at the peak by one of its devices, in whole loads of the device."""
         p, v = degrees.stages, degrees.chunks
         replicas = np.array([g.replicas for g in degrees.groups for _ in range(g.stages)])
-        mine = np.ceil(m / replicas)
+        mine: Array = np.ceil(m / replicas)
         if v > 1:
-            return np.minimum(mine * v, 2 * (p - np.arange(p) - 1) + (v - 1) * p + 1) / v
+            dealt: Array = np.minimum(mine * v, 2 * (p - np.arange(p) - 1) + (v - 1) * p + 1) / v
+            return dealt
         if degrees.schedule == "gpipe":
             return mine
         after = np.cumsum(replicas[::-1])[::-1]
         reach = np.full(p, replicas.sum()) if degrees.schedule == "zero_bubble" else after
-        return np.maximum(1.0, np.minimum(mine, np.ceil(reach / replicas - 1e-9)))
+        held: Array = np.maximum(1.0, np.minimum(mine, np.ceil(reach / replicas - 1e-9)))
+        return held

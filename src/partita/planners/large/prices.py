@@ -5,7 +5,7 @@ Seconds and bytes of everything a layout is chosen by; each distinct unit is div
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -155,14 +155,17 @@ class Prices:
         return self.shapes.nbytes(tensor, samples) / (degree if divided else 1)
 
     def _saved(self, ops: range, samples: int, degree: int, division: Division | None) -> float:
-        """Each storage once; values that were whole for one product only are kept as they were made (Korthikanti)."""
+        """Each storage once; values that were whole for one product only are kept as they were made (Korthikanti).
+
+        What stays in registers between two element-wise ops cannot be kept: what it was made of is, instead.
+        """
         graph = self.graph
         total, seen = 0.0, set[str]()
         cut = {c.tensor for c in division.changes if isinstance(c.needed, int)} if division else set[str]()
         sequence = division is not None and _sequential(division)
         for i in ops:
             total += workspace_bytes(graph, graph.ops[i], samples)
-            for name in kept_tensors(graph, graph.ops[i]):
+            for name in self._kept(graph.ops[i]):
                 base = graph.tensor(name).base or name
                 if base in seen or graph.tensor(base).role in ("parameter", "buffer", "constant"):
                     continue
@@ -176,6 +179,15 @@ class Prices:
                         form = 0
                 total += kept_bytes(self.shapes, base, samples) / (degree if isinstance(form, int) else 1)
         return total
+
+    def _kept(self, op: Op) -> Iterator[str]:
+        """Tensors of memory that the op's backward needs."""
+        for name in kept_tensors(self.graph, op):
+            made = self.graph.producer(name)
+            if made is not None and name in op.uses() and self.shapes.passing(op, name):
+                yield from self.graph.ops[made].uses()
+            else:
+                yield name
 
     def _weights(self, ops: range, degree: int, division: Division | None) -> tuple[float, float]:
         forms = dict(division.parameters) if division else {}

@@ -48,7 +48,7 @@ class Request:
         self.constraints, self.train, self.assume, self.limits = constraints, train, assume, limits
         there = pools(cluster, assume)
         made = asked(graph, there, constraints)
-        self.search = Search(
+        self.search: Search = Search(
             graph, made.units, there, batch=batch, assume=assume, optimizer=optimizer, headroom=HEADROOM, train=train,
             limits=limits or made.limits, like=like.search if like is not None else None, marks=made.marks,
             wanted=made.wanted,

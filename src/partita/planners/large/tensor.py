@@ -236,14 +236,14 @@ def divide(
                     continue
                 for name, form in choice.outputs:
                     now[name] = (form, frozenset())
-                    if name in finals and (wanted := leaving(name)) is not None and wanted != form:
-                        if form == PARTIAL and isinstance(wanted, int) and not sequence:
+                    if name in finals and (left := leaving(name)) is not None and left != form:
+                        if form == PARTIAL and isinstance(left, int) and not sequence:
                             ok = False
                             break
-                        turn, price = turned(name, form, wanted)
+                        turn, price = turned(name, form, left)
                         cost += price
                         changes.append(turn)
-                        now[name] = (wanted, frozenset())
+                        now[name] = (left, frozenset())
                 if not ok:
                     continue
                 key: State = tuple(
