@@ -31,7 +31,7 @@ SIDEWAYS = {
     ("united", "cluster"),
     ("cluster_file", "cluster"), ("cluster_file", "cluster_presets"), ("cluster_file", "strict_yaml"),
     ("plan_file", "plan"), ("plan_file", "strict_yaml"), ("plan_file", "device_names"),
-    ("plan_text", "plan"),
+    ("plan_text", "plan"), ("plan_text", "device_names"),
     ("lower", "assign"), ("lower", "lockstep"), ("lower", "phases"), ("lower", "divide"), ("lockstep", "assign"),
     ("divide", "assign"), ("divide", "lockstep"), ("divide", "phases"), ("group_costs", "divide"),
     ("predict", "divide"), ("predict", "group_costs"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import groupby
 from weakref import WeakKeyDictionary
 
+from partita.device_names import shortened
 from partita.plan import Plan
 from partita.units import format_bytes, format_seconds
 
@@ -75,7 +76,7 @@ def explain(plan: Plan) -> str:
     count = len(plan.stages)
     size = f", {plan.batch.size} samples" if plan.batch.size else ""
     lines = [
-        f"{plan.model or 'model'}: {count} stage{'s' if count != 1 else ''} on {shorten(plan.devices, 90)}; "
+        f"{plan.model or 'model'}: {count} stage{'s' if count != 1 else ''} on {shorten(shortened(plan.devices), 90)}; "
         f"{plan.batch.microbatches} microbatch{'es' if plan.batch.microbatches != 1 else ''}{size}; "
         f"schedule {plan.schedule}"
     ]
@@ -94,7 +95,7 @@ def explain(plan: Plan) -> str:
             parts = f"{parts}{' + ' if parts else ''}{len(stage.ops)} op{'s' if len(stage.ops) != 1 else ''}"
         need = counted([format_bytes(memory[d]) for d in stage.devices if d in memory])
         runs = parts or "what no other stage lists"
-        rows.append((str(i), shorten(stage.devices), runs, shorten(stage.recompute) or "-", need or "-"))
+        rows.append((str(i), shorten(shortened(stage.devices)), runs, shorten(stage.recompute) or "-", need or "-"))
     lines += ["", *table(("stage", "devices", "runs", "recomputes", "peak memory"), rows)]
     sharded = [f"  stage {i}: {name} as {how}" for i, s in enumerate(plan.stages) for name, how in s.shard]
     if sharded:
