@@ -12,7 +12,7 @@ from math import prod
 from partita.cluster import Device
 from partita.cost.communication import COLLECTIVES, Channel, Team
 from partita.cost.ops import workspace_bytes
-from partita.cost.roofline import ALL, Assumptions, Seconds, Shapes, Share, kept_bytes, kept_tensors, op_seconds
+from partita.cost.roofline import ALL, MASK, Assumptions, Seconds, Shapes, Share, kept_bytes, kept_tensors, op_seconds
 from partita.graph import Graph, Op
 from partita.planners.large.tensor import WHOLE, Division, Form, divide
 from partita.planners.large.units import Units
@@ -184,7 +184,8 @@ class Prices:
         """Tensors of memory that the op's backward needs."""
         for name in kept_tensors(self.graph, op):
             made = self.graph.producer(name)
-            if made is not None and name in op.uses() and self.shapes.passing(op, name):
+            fused = made is not None and name in op.uses() and self.shapes.passing(op, name)
+            if made is not None and fused and self.graph.ops[made].target != MASK:
                 yield from self.graph.ops[made].uses()
             else:
                 yield name
