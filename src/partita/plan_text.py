@@ -12,6 +12,7 @@ from partita.device_names import shortened
 from partita.plan import Plan
 from partita.units import format_bytes, format_seconds
 
+MOST_ROWS = 40
 _NUMBER = re.compile(r"(?:(?<=[.:])|^)(?:0|[1-9][0-9]*)$", re.ASCII)
 
 
@@ -70,6 +71,14 @@ def complete(plan: Plan) -> Plan:
     return replace(plan, reasons=(*plan.reasons, *found))
 
 
+def _some(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """All rows, or the first and last of very many."""
+    if len(rows) <= MOST_ROWS:
+        return list(rows)
+    left_out = len(rows) - MOST_ROWS + 1
+    return [*rows[: MOST_ROWS - 4], ("...", f"{left_out} stages more", "", "", ""), *rows[-3:]]
+
+
 def explain(plan: Plan) -> str:
     """``Plan.explain()``."""
     plan = complete(plan)
@@ -96,10 +105,16 @@ def explain(plan: Plan) -> str:
         need = counted([format_bytes(memory[d]) for d in stage.devices if d in memory])
         runs = parts or "what no other stage lists"
         rows.append((str(i), shorten(shortened(stage.devices)), runs, shorten(stage.recompute) or "-", need or "-"))
-    lines += ["", *table(("stage", "devices", "runs", "recomputes", "peak memory"), rows)]
-    sharded = [f"  stage {i}: {name} as {how}" for i, s in enumerate(plan.stages) for name, how in s.shard]
+    lines += ["", *table(("stage", "devices", "runs", "recomputes", "peak memory"), _some(rows))]
+    sharded: dict[tuple[str, str], list[str]] = {}
+    for i, stage in enumerate(plan.stages):
+        for entry in stage.shard:
+            sharded.setdefault(entry, []).append(f":{i}")
     if sharded:
-        lines += ["", "sharded:", *sharded]
+        lines += ["", "sharded:"]
+    for (name, how), at in sharded.items():
+        where = shorten(at, 60).replace(":", "")
+        lines.append(f"  stage{'s' * (len(at) > 1)} {where}: {name} as {how}")
     if plan.predicted is not None and plan.predicted.step_seconds:
         predicted = plan.predicted
         speedup = predicted.one_device_seconds / predicted.step_seconds

@@ -93,7 +93,7 @@ def plan_large(
         predicted=Predicted(best.seconds, plan.stages[slowest].devices[0], memory),
         reasons=reasons(search, found, flops),
     )
-    return Large(explain_later(plan, lambda: margins(request, best)), best, found, flops)
+    return Large(explain_later(plan, lambda: margins(request, found.layouts)), best, found, flops)
 
 
 def default_assumptions(cluster: Cluster) -> Assumptions:

@@ -151,15 +151,6 @@ class Search:
 
         return priced(self) == priced(other)
 
-    def best_of(self, listed: Sequence[Degrees]) -> float:
-        """Seconds of the fastest of these layouts; infinite where none fits."""
-        best = np.inf
-        for degrees in listed:
-            rows = self.rows(degrees)
-            layout = self.pricer.price(degrees, rows, best) if rows is not None else None
-            best = min(best, layout.seconds if layout is not None else np.inf)
-        return float(best)
-
     def row(self, pool: int, degree: int, sequence: bool, samples: int) -> Row | None:
         key = (pool, degree, sequence, samples)
         if key not in self._rows:
@@ -171,17 +162,22 @@ class Search:
         found = [self.row(g.pool, g.degree, degrees.sequence, degrees.samples) for g in degrees.groups]
         return None if any(r is None for r in found) else tuple(r for r in found if r is not None)
 
-    def run(self, seconds: float = SECONDS) -> Found:
-        """The best layouts. ``seconds``: of this process, after which the best so far is returned with its bound."""
+    def run(self, seconds: float = SECONDS, first: Sequence[Degrees] = ()) -> Found:
+        """The best layouts. ``seconds``: of this process, after which the best so far is returned with its bound.
+
+        ``first``: degrees to price before all others, because they are likely good.
+        """
         began = time.process_time()
+        found = [x for x in map(self._priced, first) if x is not None]
+        known = set(first)
         queue = [
             (self.pricer.quick(degrees, rows), i, False, degrees, rows)
             for i, (degrees, rows) in enumerate(self._listed())
+            if degrees not in known
         ]
-        listed = len(queue)
+        listed = len(queue) + len(known)
         heapify(queue)
-        best, tried, bound = np.inf, 0, np.inf
-        found: list[Layout] = []
+        best, tried, bound = min((x.seconds for x in found), default=np.inf), len(known), np.inf
         while queue:
             bound, i, exact, degrees, rows = heappop(queue)
             if bound >= best or time.process_time() - began > seconds * (1 if found else PATIENCE):
@@ -201,6 +197,10 @@ class Search:
         found.sort(key=lambda item: item.seconds)
         why = "" if found else self._why_not(listed)
         return Found(tuple(found[:KEPT]), min(bound, best), tried, listed, why)
+
+    def _priced(self, degrees: Degrees) -> Layout | None:
+        rows = self.rows(degrees)
+        return self.pricer.price(degrees, rows) if rows is not None else None
 
     def fits(self, seconds: float = QUICK) -> bool:
         """Whether any layout is found to fit within so many seconds of this process."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from partita.cluster import Device
 from partita.cost.communication import Channel
 from partita.planners.large.clock import ranked
-from partita.planners.large.degrees import Layout
+from partita.planners.large.degrees import Degrees, Layout
 from partita.planners.large.explain import spell
 from partita.planners.large.prices import Pool
 from partita.planners.large.remedies import multiplied
@@ -18,10 +18,15 @@ from partita.units import format_seconds
 
 GIB = 1 << 30
 SECONDS = 2.0
+LIKELY = 6
 
 
-def margins(request: Request, best: Layout) -> tuple[str, ...]:
-    """Lines: more memory, faster links, more devices, a larger batch, each planned anew in a few seconds."""
+def margins(request: Request, layouts: Sequence[Layout]) -> tuple[str, ...]:
+    """Lines: more memory, faster links, more devices, a larger batch, each planned anew in a few seconds.
+
+    ``layouts``: found for the request itself, best first.
+    """
+    best, likely = layouts[0], tuple(x.degrees for x in layouts[:LIKELY])
     search = request.search
     tries: list[tuple[str, Callable[[Pool], Pool]]] = [
         ("1GiB more on every device", lambda p: _memory(p, p.device.memory_bytes + GIB)),
@@ -30,7 +35,7 @@ def margins(request: Request, best: Layout) -> tuple[str, ...]:
         ("links between nodes twice as fast", lambda p: replace(p, across=_faster(p.across))),
         ("memory twice as fast", lambda p: replace(p, device=_read_faster(p.device))),
     ]
-    lines = [_line(name, search, search.changed(tuple(map(turn, search.pools))), best) for name, turn in tries]
+    lines = [_line(name, search, search.changed(tuple(map(turn, search.pools))), best, likely) for name, turn in tries]
     more = multiplied(request.cluster, 2)
     if more is not None:
         lines.append(_line("twice as many devices", search, request.again(cluster=more).search, best))
@@ -38,8 +43,8 @@ def margins(request: Request, best: Layout) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _line(name: str, now: Search, other: Search, best: Layout) -> str:
-    found = ranked(other, other.run(SECONDS))
+def _line(name: str, now: Search, other: Search, best: Layout, likely: Sequence[Degrees] = ()) -> str:
+    found = ranked(other, other.run(SECONDS, likely))
     if not found.layouts:
         return f"{name}: no layout was found in {SECONDS:g} s"
     made = found.layouts[0]
