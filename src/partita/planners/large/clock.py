@@ -58,11 +58,11 @@ def retimed(layout: Layout, seconds: float) -> Layout:
 def step_seconds(search: Search, layout: Layout) -> float:
     """Seconds of a step. Layouts of one stage, and those too long to play, keep their closed form."""
     degrees = layout.degrees
+    if degrees.stages == 1:
+        return layout.closed
     stages = stages_of(search, layout)
     hidden, train = search.assume.messages_hidden, search.pricer.train
     tails = [s.tail for s in layout.stages]
-    if len(stages) == 1:
-        return layout.closed
     if len(degrees.groups) > 1:
         if 2 * len(stages) * layout.microbatches > 2 * MOST_STEPS:
             return layout.closed

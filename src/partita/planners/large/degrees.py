@@ -21,6 +21,8 @@ class Degrees:
 
     ``zero``: 0 to 3. ``sequence``: activations between products divided along the sequence.
     ``recompute``: 'needed' (as little as fits) or 'all'. ``order``: of the steps where a device has one stage.
+    ``shares``: the groups are not one after another but hold the whole model side by side, with microbatches of so many
+    samples; one stage.
     """
 
     groups: tuple[Group, ...]
@@ -30,11 +32,12 @@ class Degrees:
     sequence: bool = False
     recompute: str = "needed"
     order: str = "1f1b"
+    shares: tuple[int, ...] = ()
 
     @property
     def stages(self) -> int:
         """In a row, one a device; the plan has ``chunks`` times as many."""
-        return sum(g.stages for g in self.groups)
+        return 1 if self.shares else sum(g.stages for g in self.groups)
 
     @property
     def devices(self) -> int:
@@ -43,6 +46,12 @@ class Degrees:
     @property
     def schedule(self) -> str:
         return "interleaved" if self.chunks > 1 else self.order
+
+    def side(self, group: int) -> Degrees:
+        """As one of the groups side by side sees it: a stage whose replicas are all there are, of all groups."""
+        mine = self.groups[group]
+        every = Group(mine.pool, 1, sum(g.replicas for g in self.groups), mine.degree)
+        return Degrees((every,), self.shares[group], 1, self.zero, self.sequence, self.recompute)
 
     def group_of(self, stage: int) -> int:
         """Index of the group that holds a stage (of those in a row)."""

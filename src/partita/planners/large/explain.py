@@ -37,6 +37,11 @@ def reasons(search: Search, found: Found, flops: float) -> tuple[str, ...]:
 def spell(degrees: Degrees) -> str:
     """``16 stages x 128 replicas x tensor degree 8 ...``."""
     text = []
+    if degrees.shares:
+        sides = [f"{g.replicas} with {n} samples" for g, n in zip(degrees.groups, degrees.shares, strict=True)]
+        words = [f"1 stage, replicas of unequal kinds side by side: {', '.join(sides)}"]
+        words.append(f"tensor degree {degrees.groups[0].degree}")
+        return ", ".join([*words, f"ZeRO level {degrees.zero}"] if degrees.zero else words)
     for group in degrees.groups:
         text.append(
             f"{group.stages} stage{'s' * (group.stages != 1)} x {group.replicas} replica{'s' * (group.replicas != 1)} "
@@ -147,6 +152,8 @@ def _degrees(search: Search, best: Layout) -> list[str]:
 
 def _beside(search: Search, d: Degrees) -> Iterator[tuple[str, Degrees]]:
     """Layouts that differ in one choice, the devices used as fully."""
+    if d.shares:
+        return
     one = len(d.groups) == 1
     g = d.groups[0]
     pool = search.pools[g.pool]
@@ -184,7 +191,8 @@ def _memory(search: Search, best: Layout) -> str:
     again = [sum(s.recomputed) for s in best.stages]
     units = [sum(b - a for a, b in s.spans) for s in best.stages]
     room = format_bytes(pool.device.memory_bytes)
-    text = f"memory: stage {fullest} is fullest with {format_bytes(stage.memory)} of {room}"
+    who = f"a replica on {pool.device.kind}" if best.degrees.shares else f"stage {fullest}"
+    text = f"memory: {who} is fullest with {format_bytes(stage.memory)} of {room}"
     if not any(again):
         return f"{text}; nothing is recomputed"
     binds = "memory binds: " if best.degrees.recompute == "needed" else ""
@@ -206,8 +214,10 @@ def _held(search: Search, best: Layout) -> list[str]:
     rows = search.rows(best.degrees)
     assert rows is not None
     stage = _fullest(search, best)
-    mine = best.stages[stage]
-    held = search.pricer.loads.breakdown(best.degrees, stage, rows[mine.group], mine.spans, mine.recomputed)
+    mine, degrees = best.stages[stage], best.degrees
+    if degrees.shares:
+        degrees, stage = degrees.side(mine.group), 0
+    held = search.pricer.loads.breakdown(degrees, stage, rows[mine.group], mine.spans, mine.recomputed)
     words = ", ".join(f"{name} {format_bytes(size)}" for name, size in held if size >= 1 << 20)
     return [f"of that: {words}"]
 

@@ -121,6 +121,10 @@ class Loads:
         self.pools, self.batch, self.assume, self.train = pools, batch, assume, train
         self.state = StateBytes.of(assume, optimizer, train=train)
         self.headroom, self.fixed = headroom, microbatches
+        self.forget()
+
+    def forget(self) -> None:
+        """What was looked up for these pools."""
         self._gathers: dict[tuple[Group, int], tuple[Array, Array]] = {}
         self._least: dict[tuple[Group, int], float] = {}
 

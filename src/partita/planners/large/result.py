@@ -15,14 +15,15 @@ from partita.manual import stage_names
 from partita.plan import Batch, Plan, Predicted, Stage
 from partita.plan_text import explain_later
 from partita.planners.constraints import Constraints
+from partita.planners.large.abreast import abreast, sizes_of
 from partita.planners.large.clock import ranked
-from partita.planners.large.degrees import Degrees, Layout
+from partita.planners.large.degrees import Degrees, Group, Layout
 from partita.planners.large.explain import reasons
 from partita.planners.large.marks import blocks_in_order
 from partita.planners.large.prices import Pool
 from partita.planners.large.remedies import why_not
 from partita.planners.large.request import requested
-from partita.planners.large.search import SECONDS, Found, Limits, Search
+from partita.planners.large.search import NEAR, SECONDS, Found, Limits, Search
 from partita.planners.large.whatif import margins
 
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
@@ -73,24 +74,19 @@ def plan_large(
         assume=assume or default_assumptions(cluster), limits=limits,
     )  # fmt: skip
     search = request.search
-    found = ranked(search, search.run(seconds))
+    found = ranked(search, joined(search.run(seconds), search))
     if not found.layouts:
         raise why_not(request, found)
     best = found.layouts[0]
     flops = sum(op.flops for op in graph.ops) / graph.batch * samples * (3.0 if train else 1.0)
     plan = to_plan(search, best)
-    memory = tuple(
-        (name, round(best.stages[s % best.degrees.stages].memory))
-        for s, stage in enumerate(plan.stages[: best.degrees.stages])
-        for name in stage.devices
-    )
     slowest = max(range(best.degrees.stages), key=lambda s: best.stages[s].forward + best.stages[s].backward)
     plan = replace(
         plan,
         devices=tuple(d.name for d in cluster.devices),
         status="feasible",
         gap=round(found.gap, 4),
-        predicted=Predicted(best.seconds, plan.stages[slowest].devices[0], memory),
+        predicted=Predicted(best.seconds, plan.stages[slowest].devices[0], _memory(search, plan, best)),
         reasons=reasons(search, found, flops),
     )
     return Large(explain_later(plan, lambda: margins(request, found.layouts)), best, found, flops)
@@ -99,6 +95,32 @@ def plan_large(
 def default_assumptions(cluster: Cluster) -> Assumptions:
     """Mixed precision where every device has products in 16 bits, else full."""
     return Assumptions(precision="mixed" if all(d.half_flops for d in cluster.devices) else "full")
+
+
+def joined(found: Found, search: Search) -> Found:
+    """With the layouts that put unequal devices side by side."""
+    best = min((x.seconds for x in found.layouts), default=float("inf"))
+    more = tuple(abreast(search, best * NEAR))
+    layouts = tuple(sorted((*found.layouts, *more), key=lambda x: x.seconds))
+    return replace(
+        found, layouts=layouts, bound=min(found.bound, *(x.seconds for x in layouts)) if layouts else found.bound,
+        tried=found.tried + len(more), listed=found.listed + len(more),
+    )  # fmt: skip
+
+
+def _memory(search: Search, plan: Plan, best: Layout) -> tuple[tuple[str, int], ...]:
+    if best.degrees.shares:
+        mine = zip(best.degrees.groups, best.stages, strict=True)
+        return tuple((name, round(s.memory)) for g, s in mine for name in _side(search.pools, g))
+    return tuple(
+        (name, round(best.stages[s].memory))
+        for s, stage in enumerate(plan.stages[: best.degrees.stages])
+        for name in stage.devices
+    )
+
+
+def _side(there: Sequence[Pool], group: Group) -> tuple[str, ...]:
+    return there[group.pool].names[: group.replicas * group.degree]
 
 
 def to_plan(search: Search, layout: Layout) -> Plan:
@@ -139,13 +161,15 @@ def to_plan(search: Search, layout: Layout) -> Plan:
         stages=tuple(stages),
         model=graph.name,
         fingerprint=graph.fingerprint,
-        batch=Batch(search.batch, layout.microbatches),
+        batch=Batch(search.batch, layout.microbatches, sizes_of(search, layout) if degrees.shares else ()),
         schedule=degrees.schedule if degrees.stages > 1 else search.limits.order or degrees.schedule,
         zero=degrees.zero,
     )
 
 
 def _devices(there: Sequence[Pool], degrees: Degrees, rank: int, block: int) -> tuple[str, ...]:
+    if degrees.shares:
+        return tuple(name for group in degrees.groups for name in _side(there, group))
     group = degrees.groups[degrees.group_of(rank)]
     size = group.replicas * group.degree
     return there[group.pool].names[block * size : (block + 1) * size]

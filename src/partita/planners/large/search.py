@@ -159,7 +159,8 @@ class Search:
         return self._rows[key]
 
     def rows(self, degrees: Degrees) -> tuple[Row, ...] | None:
-        found = [self.row(g.pool, g.degree, degrees.sequence, degrees.samples) for g in degrees.groups]
+        sizes = degrees.shares or (degrees.samples,) * len(degrees.groups)
+        found = [self.row(g.pool, g.degree, degrees.sequence, n) for g, n in zip(degrees.groups, sizes, strict=True)]
         return None if any(r is None for r in found) else tuple(r for r in found if r is not None)
 
     def run(self, seconds: float = SECONDS, first: Sequence[Degrees] = ()) -> Found:

@@ -26,7 +26,7 @@ def margins(request: Request, layouts: Sequence[Layout]) -> tuple[str, ...]:
 
     ``layouts``: found for the request itself, best first.
     """
-    best, likely = layouts[0], tuple(x.degrees for x in layouts[:LIKELY])
+    best, likely = layouts[0], tuple(x.degrees for x in layouts[:LIKELY] if not x.degrees.shares)
     search = request.search
     tries: list[tuple[str, Callable[[Pool], Pool]]] = [
         ("1GiB more on every device", lambda p: _memory(p, p.device.memory_bytes + GIB)),
