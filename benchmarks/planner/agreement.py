@@ -1,10 +1,11 @@
 """The planner against trying every plan: ``python -m benchmarks.planner.agreement [--problems 2000] [--seed 0]``.
 
 Joint problems drawn by hypothesis: up to five blocks in a chain or graph on up to four devices of one or two kinds;
-stages, replicas, microbatches, schedule and recomputation are chosen together under each device's memory, with links
-from free to slow, parts that need the whole batch, weights that blocks share, and constraints. An answer called optimal
-must be as fast as the fastest of all plans; one with a gap must be no further from it than its gap; infeasible must
-mean that no plan fits. Prints the counts; exits 1 at a disagreement, with the problem shrunk to a small one.
+stages, replicas, tensor degrees, ZeRO levels, microbatches, schedule and recomputation are chosen together under each
+device's memory, with links from free to slow, parts that need the whole batch, weights that blocks share, and
+constraints. An answer called optimal must be as fast as the fastest of all plans; one with a gap must be no further
+from it than its gap; infeasible must mean that no plan fits. Every second problem is a set of them: all ways to make
+teams of the devices, at all ZeRO levels. Prints the counts; exits 1 at a disagreement, with the problem shrunk to a small one.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from partita.planners.exhaustive import exhaustive
+from partita.planners.joint import joint
 from partita.planners.objective import candidate_seconds
-from partita.planners.problem import Edge, Infeasible, Optimal, Pool, Problem, Times, Weights
+from partita.planners.problem import Edge, Infeasible, Optimal, Outcome, Pool, Problem, Shares, Times, Weights
 from partita.planners.stages import check_candidate, stages
+from partita.planners.teams import teamings
 
 ROUNDING = 1e-9
 
 
 @st.composite
-def problems(draw: st.DrawFn, *, dag: bool) -> Problem:
-    """A joint problem small enough to try every plan of."""
-    n = draw(st.integers(1, 4 if dag else 5))
+def problems(draw: st.DrawFn, *, dag: bool, most: int = 5) -> Problem:
+    """A joint problem small enough to try every plan of, of at most so many blocks."""
+    n = draw(st.integers(1, min(4, most) if dag else most))
     num_pools = draw(st.integers(1, 2))
     counts = [draw(st.integers(1, 3 if num_pools == 1 else 2)) for _ in range(num_pools)]
     number = st.integers(0, 9)
@@ -83,9 +86,73 @@ def problems(draw: st.DrawFn, *, dag: bool) -> Problem:
     )  # fmt: skip
 
 
-def verdict(problem: Problem, *, anywhere: bool, slack: float) -> str:
+@st.composite
+def variants(draw: st.DrawFn, *, dag: bool) -> tuple[Problem, ...]:
+    """A joint problem for every way to make teams of its devices, at every ZeRO level."""
+    base = draw(problems(dag=dag, most=3))
+    degrees = draw(st.sampled_from([(1, 2), (1, 2, 3), (2,)]))
+    shares = tuple(draw(divided(base, members)) for members in degrees if members > 1)
+    levels = draw(st.sampled_from([(0,), (0, 2), (0, 1, 2, 3), (3,)]))
+    found = []
+    for counts in teamings([len(pool.devices) for pool in base.pools], degrees):
+        pools, origin = [], []
+        for pool, made in enumerate(counts):
+            for members, count in made:
+                names = tuple(f"{pool}:{members}:{k}" for k in range(count))
+                pools.append(replace(base.pools[pool], devices=names, members=members))
+                origin.append(pool)
+        if not pools:
+            continue
+        rows = np.array(origin)
+        single, split = _rows(base.single, rows), _rows(base.split, rows)
+        mine = tuple(replace(s, single=_rows(s.single, rows), split=_rows(s.split, rows)) for s in shares)
+        allowed = tuple(
+            (block, tuple(p for p, pool in enumerate(origin) if pool in where)) for block, where in base.pools_of
+        )
+        team = replace(base, pools=tuple(pools), single=single, split=split, shares=mine, pools_of=allowed)
+        found += [replace(team, zero=level, gathered=10.0) for level in levels]
+    return tuple(found)
+
+
+def _rows(times: Times, pools: np.ndarray) -> Times:
+    """The times of these pools, in this order."""
+    return replace(
+        times, forward=times.forward[pools], backward=times.backward[pools], weight=times.weight[pools],
+        whole=times.whole[pools],
+    )  # fmt: skip
+
+
+@st.composite
+def divided(draw: st.DrawFn, base: Problem, members: int) -> Shares:
+    """What teams take of each block: a part of its time and bytes, and time for collectives."""
+
+    def part(rows: np.ndarray) -> np.ndarray:
+        return rows * draw(st.sampled_from([1.0, 0.7, 1.0 / members]))
+
+    def share(times: Times) -> Times:
+        wait = draw(st.sampled_from([0.0, 0.3, 4.0]))
+        return replace(
+            times, forward=part(times.forward) + wait, backward=part(times.backward) + wait, weight=part(times.weight),
+            saved=part(times.saved), kept=np.minimum(times.kept, times.saved / members),
+            transient=part(times.transient),
+        )  # fmt: skip
+
+    weights = tuple(replace(w, nbytes=w.nbytes / members, trained=w.trained / members) for w in base.weights)
+    return Shares(members, share(base.single), share(base.split), weights)
+
+
+def verdict(several: Problem | tuple[Problem, ...], *, anywhere: bool, slack: float) -> str:
     """'optimal', 'gap' or 'infeasible' where the two agree. Raises AssertionError where they do not."""
-    mine, oracle = stages(problem, anywhere=anywhere, slack=slack), exhaustive(problem, anywhere=anywhere)
+    oracle: Outcome
+    if isinstance(several, tuple):
+        found = joint(several, anywhere=anywhere, slack=slack)
+        problem, mine = several[found.index], found.outcome
+        answers = [exhaustive(p, anywhere=anywhere) for p in several]
+        fitting = [a for a in answers if not isinstance(a, Infeasible)]
+        oracle = min(fitting, key=lambda a: a.best.seconds) if fitting else answers[0]
+    else:
+        problem = several
+        mine, oracle = stages(problem, anywhere=anywhere, slack=slack), exhaustive(problem, anywhere=anywhere)
     if isinstance(mine, Infeasible) or isinstance(oracle, Infeasible):
         assert type(mine) is type(oracle), f"planner {mine}, every plan {oracle}"
         return "infeasible"
@@ -107,9 +174,12 @@ def compare(count: int, number: int = 0, *, shrink: bool = True) -> Counter[str]
         report_multiple_bugs=False, phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
     )  # fmt: skip
     @given(
-        st.booleans().flatmap(lambda dag: st.tuples(st.just(dag), problems(dag=dag))), st.sampled_from([0, 0.02, 0.3])
+        st.booleans().flatmap(
+            lambda dag: st.tuples(st.just(dag), st.one_of(problems(dag=dag), variants(dag=dag).filter(bool)))
+        ),
+        st.sampled_from([0, 0.02, 0.3]),
     )
-    def judge(drawn: tuple[bool, Problem], slack: float) -> None:
+    def judge(drawn: tuple[bool, Problem | tuple[Problem, ...]], slack: float) -> None:
         dag, problem = drawn
         found[verdict(problem, anywhere=dag, slack=slack)] += 1
 

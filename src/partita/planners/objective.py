@@ -6,10 +6,15 @@ The reference for every planner: ``exhaustive`` minimises it by trying all, ``st
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
 
 from partita.cost.memory import in_flight
 from partita.cost.pipeline import StageTime, fill, steady
 from partita.planners.problem import Array, Candidate, Problem, StageChoice
+
+Bytes = TypeVar("Bytes", float, Array)
 
 
 def _at(rows: Array, blocks: Sequence[int], samples: int) -> float:
@@ -33,13 +38,45 @@ def weight_bytes(problem: Problem, blocks: Sequence[int]) -> tuple[float, float]
     return sum(w.nbytes for w in used), sum(w.trained for w in used)
 
 
-def tail_seconds(problem: Problem, trained: float, replicas: int, shared: bool) -> float:
-    """Adding the replicas' gradients: one after the other in a shared memory, else as a ring."""
+def tail_seconds(problem: Problem, trained: Bytes, replicas: int, shared: bool, microbatches: int) -> Bytes:
+    """Adding the replicas' gradients: one after the other in a shared memory, else as a ring, with ZeRO's gathering.
+
+    ``microbatches``: of one replica.
+    """
     if replicas < 2 or not problem.train:
-        return 0.0
+        return 0.0 * trained
     if shared:
-        return (replicas - 1) * trained * problem.reduce_seconds_per_byte
-    return 2.0 * (replicas - 1) / replicas * trained * problem.seconds_per_byte + 2 * (replicas - 1) * problem.latency
+        return (replicas - 1) * problem.reduce_seconds_per_byte * trained
+    n = passes(problem.zero, microbatches)
+    return n * (replicas - 1) * (problem.seconds_per_byte / replicas * trained + problem.latency)
+
+
+def passes(zero: int, microbatches: int) -> int:
+    """How often a step takes a stage's parameters round the ring of its replicas (Rajbhandari et al., 2020, section 7).
+
+    0: gradients are summed (two). 1: the rows that others updated are gathered too. 2: gradients go to whose rows they
+    are (one), rows are gathered. 3: rows are gathered for forward and, where a replica has one microbatch, backward.
+    """
+    return 3 if zero == 1 or (zero == 3 and microbatches == 1) else 2
+
+
+def static_bytes(
+    problem: Problem, total: Bytes, trained: Bytes, replicas: int, shared: bool, microbatches: int
+) -> Bytes:
+    """Parameters, gradients and optimizer state on a device of a stage, under ZeRO's level.
+
+    ``microbatches``: of one replica. Where it has several, gradients stay whole until the last one ends, and parameters
+    are gathered for the whole step.
+    """
+    if not problem.train:
+        return total
+    level = problem.zero if replicas > 1 and not shared else 0
+    once = microbatches == 1
+    result = total + problem.optimizer_factor / (replicas if level else 1) * trained
+    result = result + trained / (replicas if level > 1 and once else 1)
+    if level == 3 and once:
+        result = result - trained * (1.0 - 1.0 / replicas) + np.minimum(problem.gathered, trained)
+    return result
 
 
 def is_joined(problem: Problem, stages: int, replicas: int, microbatches: int) -> bool:
@@ -49,6 +86,7 @@ def is_joined(problem: Problem, stages: int, replicas: int, microbatches: int) -
 
 def stage_time(problem: Problem, choice: StageChoice, microbatches: int, *, synced: bool = False) -> StageTime:
     """Seconds of the stage for one microbatch."""
+    problem = problem.on(choice.pool)
     times, n = problem.times(microbatches, synced=synced), problem.samples(microbatches)
     again = set(choice.recompute) | (set(problem.recompute) & set(choice.blocks)) if problem.train else set()
     forward = _at(times.forward[choice.pool], choice.blocks, n)
@@ -61,7 +99,9 @@ def stage_time(problem: Problem, choice: StageChoice, microbatches: int, *, sync
         microbatches=-(-microbatches // choice.replicas),
         transfer=(problem.latency + received * problem.seconds_per_byte) if received else 0.0,
         whole=float(sum(times.whole[choice.pool, b] for b in choice.blocks)),
-        tail=tail_seconds(problem, trained, choice.replicas, problem.pools[choice.pool].shared),
+        tail=tail_seconds(
+            problem, trained, choice.replicas, problem.pools[choice.pool].shared, -(-microbatches // choice.replicas)
+        ),
     )
 
 
@@ -74,21 +114,22 @@ def stage_bytes(
     devices_after: int,
     joined: bool,
     synced: bool = False,
-    owner: bool = True,
 ) -> float:
-    """Peak bytes on one device of the stage. ``owner``: the device that holds shared parameters."""
+    """Peak bytes on one device of the stage: the one that holds what replicas share."""
+    problem = problem.on(choice.pool)
     times, n = problem.times(microbatches, synced=synced), problem.samples(microbatches)
     total, trained = weight_bytes(problem, choice.blocks)
     received = received_bytes(problem, choice.blocks, n)
     if not problem.train:
-        return (total if owner else 0.0) + received + _largest(times.transient, choice.blocks, n)
-    static = (total + problem.optimizer_factor * trained if owner else 0.0) + trained
+        return total + received + _largest(times.transient, choice.blocks, n)
+    mine = -(-microbatches // choice.replicas)
+    static = static_bytes(problem, total, trained, choice.replicas, problem.pools[choice.pool].shared, mine)
     again = set(choice.recompute) | (set(problem.recompute) & set(choice.blocks))
     live = [b for b in choice.blocks if b not in again]
     held = _at(times.saved, live, n) + _at(times.kept, sorted(again), n) + received
     flight = in_flight(
         schedule,
-        microbatches=-(-microbatches // choice.replicas),
+        microbatches=mine,
         replicas=choice.replicas,
         devices_after=devices_after,
         devices=problem.num_devices,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +16,15 @@ Array = NDArray[np.float64]
 class Pool:
     """Devices that are alike for the search: same kind, same memory, same constraints.
 
-    ``shared``: they live in one memory, so replicas hold parameters once.
+    ``shared``: they live in one memory, so replicas hold parameters once. ``members`` > 1: each of ``devices`` stands
+    for a team of so many, which divide every op between them; ``memory_bytes`` is one member's.
     """
 
     name: str
     devices: tuple[str, ...]
     memory_bytes: float
     shared: bool = False
+    members: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,19 @@ class Times:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Shares:
+    """The blocks run by teams of ``members`` devices: the team's seconds, with its collectives, and one member's bytes.
+
+    Arrays as in ``Problem``; their rows of pools with other teams are not looked at.
+    """
+
+    members: int
+    single: Times
+    split: Times
+    weights: tuple[Weights, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Problem:
     """``single``: with one microbatch; ``split``: with more. ``together``: sets of blocks of one stage.
 
@@ -74,6 +89,8 @@ class Problem:
     that must be; ``may_recompute``: blocks that can be.
     ``num_stages``, ``num_replicas``: exactly so many (0: open).
     ``sync``: a single stage with as many replicas as microbatches runs whole-batch ops in step: nothing is joined.
+    ``shares``: of each number of ``members`` above 1 that a pool has. ``zero``: ZeRO's level, over the replicas of
+    every stage whose pool is not ``shared``; ``gathered``: bytes of parameters that level 3 has whole at a time.
     """
 
     batch: int
@@ -100,6 +117,17 @@ class Problem:
     max_stages: int = 0
     num_stages: int = 0
     num_replicas: int = 0
+    shares: tuple[Shares, ...] = ()
+    zero: int = 0
+    gathered: float = 0.0
+
+    def on(self, pool: int) -> Problem:
+        """The same, its times and weights being those of the pool's teams."""
+        members = self.pools[pool].members
+        if members == 1:
+            return self
+        found = next(s for s in self.shares if s.members == members)
+        return replace(self, single=found.single, split=found.split, weights=found.weights)
 
     @property
     def num_blocks(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,35 +62,42 @@ def spans(problem: Problem, ideals: Sequence[int]) -> Spans:
     else:
         inside = np.array([[a != b and b & a == a for b in ideals] for a in ideals], dtype=np.bool_)
 
-    def any_of(blocks: Sequence[int]) -> Array:
-        """Whether a span has one of these blocks."""
-        count = member[:, list(blocks)].sum(axis=1)
-        result: Array = (count[None, :] > count[:, None]).astype(np.float64)
-        return result
-
-    def union(items: Sequence[tuple[tuple[int, ...], float]]) -> Array:
-        alone = np.zeros(n)
-        shared: dict[tuple[int, ...], float] = {}
-        for blocks, value in items:
-            if len(set(blocks)) == 1:
-                alone[blocks[0]] += value
-            elif blocks:
-                key = tuple(sorted(set(blocks)))
-                shared[key] = shared.get(key, 0.0) + value
-        reach = member @ alone
-        result: Array = np.where(inside, reach[None, :] - reach[:, None], 0.0)
-        for blocks, value in shared.items():
-            result += value * any_of(blocks) * inside
-        return result
-
     fixed, per_sample, gets = _received(problem, member, inside)
     return Spans(
         tuple(ideals), before, inside,
         tuple(_allowed(problem, member, inside, pool) for pool in range(len(problem.pools))),
-        union([(w.blocks, w.nbytes) for w in problem.weights]),
-        union([(w.blocks, w.trained) for w in problem.weights]),
+        _union(member, inside, [(w.blocks, w.nbytes) for w in problem.weights]),
+        _union(member, inside, [(w.blocks, w.trained) for w in problem.weights]),
         fixed, per_sample, gets,
     )  # fmt: skip
+
+
+def with_weights(s: Spans, problem: Problem) -> Spans:
+    """The same spans with the weights of this problem."""
+    member = s.before.astype(np.float64)
+    total, trained = (
+        _union(member, s.inside, [(w.blocks, value) for w, value in zip(problem.weights, values, strict=True)])
+        for values in ([w.nbytes for w in problem.weights], [w.trained for w in problem.weights])
+    )
+    return replace(s, weight_bytes=total, trained_bytes=trained)
+
+
+def _union(member: Array, inside: Bools, items: Sequence[tuple[tuple[int, ...], float]]) -> Array:
+    """Sum over each span of the values of items that have a block in it."""
+    alone = np.zeros(member.shape[1])
+    shared: dict[tuple[int, ...], float] = {}
+    for blocks, value in items:
+        if len(set(blocks)) == 1:
+            alone[blocks[0]] += value
+        elif blocks:
+            key = tuple(sorted(set(blocks)))
+            shared[key] = shared.get(key, 0.0) + value
+    reach = member @ alone
+    result: Array = np.where(inside, reach[None, :] - reach[:, None], 0.0)
+    for blocks, value in shared.items():
+        count = member[:, list(blocks)].sum(axis=1)
+        result += value * (count[None, :] > count[:, None]) * inside
+    return result
 
 
 def _received(problem: Problem, member: Array, inside: Bools) -> tuple[Array, Array, Bools]:

@@ -9,7 +9,7 @@ bound (sum at its upper end + its lower end) is no better than a plan in hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -18,7 +18,7 @@ import numpy as np
 from partita.cost.memory import in_flight
 from partita.planners.cover import EXACT_BLOCKS, cover, cover_spans
 from partita.planners.ideals import ideals
-from partita.planners.objective import candidate_seconds, fits, is_joined, stage_bytes
+from partita.planners.objective import candidate_seconds, fits, is_joined, stage_bytes, static_bytes, tail_seconds
 from partita.planners.problem import (
     Array,
     Candidate,
@@ -29,7 +29,7 @@ from partita.planners.problem import (
     Problem,
     StageChoice,
 )
-from partita.planners.spans import Bools, Sized, Spans, sized, spans
+from partita.planners.spans import Bools, Sized, Spans, sized, spans, with_weights
 
 Used = tuple[int, ...]
 NEARBY = 1.15
@@ -55,6 +55,8 @@ def stages(
     """
     downs = ideals(problem, anywhere=anywhere)
     s = spans(problem, downs)
+    teams = {pool.members: p for p, pool in enumerate(problem.pools) if pool.members > 1}
+    weights = {1: s} | {members: with_weights(s, problem.on(p)) for members, p in teams.items()}
     found: list[Candidate] = []
     ceiling = best
     schedules = problem.schedules if problem.train else problem.schedules[:1]
@@ -63,9 +65,10 @@ def stages(
     for m in problem.microbatches:
         modes = [False, True] if problem.joined and problem.sync and m > 1 else [False]
         for synced in modes:
-            at = sized(problem, s, m, synced=synced)
+            sizes = {1: sized(problem, s, m, synced=synced)}
+            sizes |= {members: sized(problem.on(p), s, m, synced=synced) for members, p in teams.items()}
             for schedule in schedules:
-                search = _Search(problem, s, at, m, schedule, synced)
+                search = _Search(problem, weights, sizes, m, schedule, synced)
                 limit = ceiling if keep <= 1 else ceiling * NEARBY
                 candidate = search.best(limit, slack)
                 exact = exact and search.exact
@@ -93,14 +96,19 @@ def _same(a: Candidate, b: Candidate) -> bool:
 class _Search:
     """One number of microbatches, one schedule."""
 
-    def __init__(self, problem: Problem, s: Spans, at: Sized, m: int, schedule: str, synced: bool) -> None:
-        self.problem, self.s, self.at, self.m, self.schedule, self.synced = problem, s, at, m, schedule, synced
+    def __init__(
+        self, problem: Problem, weights: Mapping[int, Spans], sizes: Mapping[int, Sized], m: int, schedule: str,
+        synced: bool,
+    ) -> None:  # fmt: skip
+        self.problem, self.m, self.schedule, self.synced = problem, m, schedule, synced
+        self.s = weights[1]
+        self.of = tuple((weights[pool.members], sizes[pool.members]) for pool in problem.pools)
         self.counts = tuple(len(pool.devices) for pool in problem.pools)
         self.exact = True
         self.bound = self.ceiling = np.inf
         self.moves: dict[tuple[int, int, int], _Move] = {}
         self.bases: dict[tuple[int, int], _Move] = {}
-        self.start, self.end = 0, len(s.ideals) - 1
+        self.start, self.end = 0, len(self.s.ideals) - 1
 
     def steps(self, used: Used) -> Iterator[tuple[_Move, Used]]:
         """Stages that may be put in front when ``used`` devices come to be used; with those used after it."""
@@ -130,7 +138,8 @@ class _Search:
         """Without a look at memory (but for parameters and buffers where nothing is trained)."""
         key = (pool, replicas)
         if key not in self.bases:
-            problem, at, s = self.problem, self.at, self.s
+            problem = self.problem
+            s, at = self.of[pool]
             ok = s.allowed[pool]
             if not problem.train:
                 ok = ok & (s.weight_bytes + at.received + at.transient <= problem.pools[pool].memory_bytes)
@@ -140,14 +149,15 @@ class _Search:
 
     def _within(self, base: _Move, pool: int, replicas: int, reach: int) -> _Move:
         """The move where memory allows it, with the recomputation it takes."""
-        problem, at, s, m = self.problem, self.at, self.s, self.m
+        problem, m = self.problem, self.m
+        s, at = self.of[pool]
         joined = is_joined(problem, 1 if self.synced else 2, replicas, m)
-        limit = problem.pools[pool].memory_bytes
+        limit, mine = problem.pools[pool].memory_bytes, -(-m // replicas)
         flight = in_flight(
-            self.schedule, microbatches=-(-m // replicas), replicas=replicas, devices_after=reach,
+            self.schedule, microbatches=mine, replicas=replicas, devices_after=reach,
             devices=problem.num_devices, joined=joined,
         )  # fmt: skip
-        static = s.weight_bytes + (1.0 + problem.optimizer_factor) * s.trained_bytes
+        static = static_bytes(problem, s.weight_bytes, s.trained_bytes, replicas, problem.pools[pool].shared, mine)
         need = static + at.whole_saved + at.received + at.transient + flight * (at.held + at.received)
         short = s.allowed[pool] & (need + np.where(at.forced, at.largest_saved, 0.0) > limit)
         if not short.any():
@@ -163,17 +173,11 @@ class _Search:
 
     def _seconds(self, pool: int, replicas: int, extra: Array | float) -> tuple[Array, Array]:
         """(fill, steady) of each span, as ``cost.pipeline`` has them for one stage."""
-        problem, at, s = self.problem, self.at, self.s
+        problem = self.problem
+        s, at = self.of[pool]
         mine = -(-self.m // replicas)
         seconds, transfer = at.pools[pool], at.transfer
-        tail: Array | float = 0.0
-        if replicas > 1 and problem.train:
-            tail = (
-                (replicas - 1) * problem.reduce_seconds_per_byte * s.trained_bytes
-                if problem.pools[pool].shared
-                else 2.0 * (replicas - 1) / replicas * s.trained_bytes * problem.seconds_per_byte
-                + 2 * (replicas - 1) * problem.latency
-            )
+        tail = tail_seconds(problem, s.trained_bytes, replicas, problem.pools[pool].shared, mine)
         if not problem.train:
             fill = seconds.forward + transfer + seconds.whole
             return fill, (mine - 1) * np.maximum(seconds.forward, transfer) + tail
@@ -190,7 +194,7 @@ class _Search:
 
     def _recompute(self, pool: int, need: Array, flight: int, short: Bools, limit: float) -> Array:
         """Least extra seconds so that a span fits; the largest recomputed part is alive once more while it runs."""
-        at, s = self.at, self.s
+        s, at = self.of[pool]
         extra = np.full(need.shape, np.inf)
         gains = at.again_bytes * flight
         open_ = s.total(gains)
@@ -285,12 +289,15 @@ class _Search:
         return best, path
 
     def quick_bound(self) -> float:
-        """No plan is faster: all work perfectly shared by all devices."""
-        if len(self.at.pools) > 1:
-            return 0.0
-        pool = self.at.pools[0]
-        busy = pool.forward + pool.backward + pool.weight if self.problem.train else pool.forward
-        return float(busy[self.start, self.end]) * self.m / sum(self.counts)
+        """No plan is faster: all work, each block's where it takes least, perfectly shared by all devices."""
+        times = [at.pools[pool] for pool, (_, at) in enumerate(self.of)]
+        train, first, last = self.problem.train, np.arange(self.end), np.arange(1, self.end + 1)
+        rows = [(t.forward + t.backward + t.weight if train else t.forward) for t in times]
+        if len(rows) == 1 or not self.s.is_chain:
+            least = min(row[self.start, self.end] for row in rows) if len(rows) == 1 else 0.0
+        else:
+            least = np.min([row[first, last] for row in rows], axis=0).sum()
+        return float(least) * self.m / sum(self.counts)
 
     def best(self, ceiling: float, slack: float) -> Candidate | None:
         """The best candidate faster than ``ceiling``; sets ``bound``."""
@@ -371,11 +378,12 @@ class _Search:
             devices=problem.num_devices, joined=joined,
         )  # fmt: skip
         blocks = np.array(choice.blocks)
-        gains = self.at.again_bytes[blocks] * flight
+        at = self.of[choice.pool][1]
+        gains = at.again_bytes[blocks] * flight
         smallest = int(np.argmin(np.where(gains > 0, gains, np.inf)))
         probe = replace(choice, recompute=(choice.blocks[smallest],))
         wanted = need(probe) + float(gains[smallest]) - limit
-        found = cover(list(self.at.again_seconds[choice.pool][blocks]), list(gains), wanted)
+        found = cover(list(at.again_seconds[choice.pool][blocks]), list(gains), wanted)
         return replace(choice, recompute=tuple(choice.blocks[i] for i in found[1])) if found is not None else choice
 
 
