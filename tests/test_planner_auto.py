@@ -140,7 +140,7 @@ def test_a_constraint_that_makes_it_impossible_is_named():
     wide = mlp(8, width=256, deep=True, batch=16)
     whole = 4 * 8 * 256 * 256 * 4
     with pytest.raises(InfeasibleError, match="without the constraint max_stages 1 it works"):
-        plan(cluster(2, memory=int(whole * 0.7)), wide, constraints={"max_stages": 1})
+        plan(cluster(2, memory=int(whole * 0.7)), wide, constraints={"max_stages": 1, "tensor": 1})
 
 
 @settings(max_examples=15, deadline=None)

@@ -5,7 +5,7 @@ stages, replicas, tensor degrees, ZeRO levels, microbatches, schedule and recomp
 device's memory, with links from free to slow, parts that need the whole batch, weights that blocks share, and
 constraints. An answer called optimal must be as fast as the fastest of all plans; one with a gap must be no further
 from it than its gap; infeasible must mean that no plan fits. Every second problem is a set of them: all ways to make
-teams of the devices, at all ZeRO levels. Prints the counts; exits 1 at a disagreement, with the problem shrunk to a small one.
+teams of the devices, at all ZeRO levels. Prints the counts; exits 1 at a disagreement, with the problem shrunk.
 """
 
 from __future__ import annotations

@@ -77,6 +77,12 @@ def parallelize(
 
     def best(captured: Captured, cluster: Cluster, *, again: bool = False) -> tuple[Plan, Measured | None]:
         """The planner's plan, and the timings it rests on."""
+        level = Constraints.read(constraints).zero
+        if level > 0 and not launched():
+            raise PlanError(
+                f"zero {level} divides what replicas hold of their own, and in one process they share it: start a "
+                "process a device (torchrun, partita run), or leave zero out"
+            )
 
         def timings(over: Cluster, sizes: Sequence[int]) -> Measured | None:
             if not (profile or again):

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from partita.apart import several_nodes
 from partita.capture import Captured
 from partita.cluster import Cluster
 from partita.cost.measured import Measured
@@ -50,6 +51,7 @@ def best_plan(
         return auto(
             graph, layouts(graph), over, sync_batch_norm=can_synchronise(graph), optimizer=optimizer,
             constraints=limits, objective=objective, measured=measured,
+            processes=not may_unite or several_nodes(over),
         )  # fmt: skip
 
     measured = timings(cluster, ())

@@ -52,9 +52,12 @@ def groups_of(plan: Plan) -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 
 def divide(
-    graph: Graph, layouts: BatchLayouts, plan: Plan, *, batch: int, prices: Prices | None = None
+    graph: Graph, layouts: BatchLayouts, plan: Plan, *, batch: int, prices: Prices | None = None, ranks: int = 0
 ) -> Division | None:
-    """None where no stage of the plan has a tensor degree. The plan must have passed ``check``."""
+    """None where no stage of the plan has a tensor degree. The plan must have passed ``check``.
+
+    ``ranks``: of the first so many members only (0: of all).
+    """
     if all(stage.tensor <= 1 for stage in plan.stages):
         return None
     used, _ = effective(graph, layouts, leaders(plan), batch)
@@ -73,7 +76,7 @@ def divide(
         parts.append(Part(stage.tensor, ops, choice, shared))
     members = tuple(
         localise(graph, used, parts, rank, segment_of=segment_of, outside=outside)
-        for rank in range(max(s.tensor for s in plan.stages))
+        for rank in range(ranks or max(s.tensor for s in plan.stages))
     )
     origin = members[0].origin
     stage_of = {op.name: stage_of[origin.get(op.name, op.name)] for op in members[0].graph.ops}

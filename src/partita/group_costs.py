@@ -34,14 +34,11 @@ def with_collectives(
         members = groups.get(device)
         if members is None:
             continue
-        channel = _ring(cluster, members)
+        channel = ring(cluster, members)
         forward = backward = Affine()
         for name in program.segments[s].ops:
-            op = ops[name]
-            kind = op.target.removeprefix("partita.")
-            forward = forward + _seconds(division.graph, op, FORWARD.get(kind, 0), len(members), channel)
-            if program.train and op.grad and any(division.graph.tensor(o).needs_grad for o in op.outputs if o):
-                backward = backward + _seconds(division.graph, op, BACKWARD.get(kind, 0), len(members), channel)
+            there, back = collective_seconds(division.graph, ops[name], len(members), channel, train=program.train)
+            forward, backward = forward + there, backward + back
         result[s, device] = replace(cost, forward=cost.forward + forward, backward=cost.backward + backward)
     return result
 
@@ -54,7 +51,19 @@ def with_members(trace: Trace, program: Program) -> Trace:
     return replace(trace, events=events, memory=memory)
 
 
-def _ring(cluster: Cluster, members: tuple[str, ...]) -> Channel:
+def collective_seconds(
+    graph: Graph, op: Op, members: int, channel: Channel, *, train: bool
+) -> tuple[Affine, Affine]:  # fmt: skip
+    """Of an op of a local graph: seconds of its collective in forward and in backward; none for other ops."""
+    kind = op.target.removeprefix("partita.")
+    forward, backward = _seconds(graph, op, FORWARD.get(kind, 0), members, channel), Affine()
+    if train and op.grad and any(graph.tensor(o).needs_grad for o in op.outputs if o):
+        backward = _seconds(graph, op, BACKWARD.get(kind, 0), members, channel)
+    return forward, backward
+
+
+def ring(cluster: Cluster, members: tuple[str, ...]) -> Channel:
+    """The slowest link of a ring of these devices."""
     links = [cluster.link(a, b) for a, b in zip(members, (*members[1:], members[0]), strict=True)]
     return Channel(min((k.bandwidth for k in links), default=inf), max((k.latency_seconds for k in links), default=0.0))
 

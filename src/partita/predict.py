@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from partita.apart import largest_unit, several_nodes, simulate_apart
 from partita.cluster import Cluster
 from partita.cost.measured import Measured
 from partita.cost.table import cost_table, segment_costs
@@ -26,10 +27,12 @@ def predict(
     batch: int = 0,
     optimizer: str = "adamw",
     measured: Measured | None = None,
+    processes: bool = False,
 ) -> Trace:
     """The predicted Trace of a training step of ``batch`` samples (0: what the plan was made for, else the graph's).
 
-    ``measured``: timings that stand in for the closed forms of ``cost``. The plan must have passed ``check``.
+    ``measured``: timings that stand in for the closed forms of ``cost``. ``processes``: each device is a process of its
+    own (so it is with ZeRO, and on several nodes). The plan must have passed ``check``.
     """
     samples = batch or plan.batch.size or graph.batch
     plan, train = replace(plan, predicted=None), graph.mode == "train"
@@ -39,7 +42,11 @@ def predict(
     program = lower(graph, found, plan, batch=samples, train=train, division=division)
     whole = graph if division is None else division.graph
     costs = segment_costs(program, cost_table(whole, cluster, measured=measured), cluster)
-    if division is None:
-        return simulate(program, costs, cluster, optimizer=optimizer)
-    costs = with_collectives(costs, division, program, cluster)
-    return with_members(simulate(program, costs, cluster, optimizer=optimizer), program)
+    if division is not None:
+        costs = with_collectives(costs, division, program, cluster)
+    if processes or plan.zero or several_nodes(cluster):
+        gathered = 2.0 * largest_unit(graph)
+        trace = simulate_apart(program, costs, cluster, optimizer=optimizer, zero=plan.zero, gathered=gathered)
+    else:
+        trace = simulate(program, costs, cluster, optimizer=optimizer)
+    return trace if division is None else with_members(trace, program)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from partita.apart import largest_unit
 from partita.cluster import Cluster, Device
 from partita.cost.affine import Affine
 from partita.cost.blocks import Block
@@ -38,11 +39,15 @@ class Layouts(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Built:
-    """The problem and what its numbers stand for. ``units[b]``: the modules that together are exactly block b."""
+    """The problem and what its numbers stand for. ``units[b]``: the modules that together are exactly block b.
+
+    ``teams``: the devices of each team, by the first of them, which stands for all in the problem.
+    """
 
     problem: Problem
     blocks: tuple[Block, ...]
     units: tuple[tuple[str, ...], ...]
+    teams: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def build(
@@ -58,8 +63,11 @@ def build(
     constraints: Constraints,
     resolved: Resolved,
     sync: bool = False,
+    processes: bool = False,
 ) -> Built:
-    """Sums over blocks of what ``table`` says of ops."""
+    """Sums over blocks of what ``table`` says of ops. ``processes``: devices are processes of their own and share no
+    parameters.
+    """
     owner = np.zeros(len(graph.ops), dtype=np.int64)
     for b, block in enumerate(parts):
         owner[block.start : block.stop] = b
@@ -68,7 +76,8 @@ def build(
     whole_op = np.array([p == "whole" for p in phase], dtype=np.bool_)
     once_op = np.array([p == "once" for p in phase], dtype=np.bool_)
     can_split = layouts.microbatchable and batch > 1
-    pools = _pools(cluster, resolved)
+    pools = _pools(cluster, resolved, processes)
+    rows_shared = all(shares_memory(pool.devices[0]) for pool in pools)
     kinds = [cluster.device(pool.devices[0]).kind for pool in pools]
     units = _units(graph, parts)
     saved, kept, transient = _activations(graph, table, parts, owner, units)
@@ -91,7 +100,7 @@ def build(
     held = np.zeros((n, 2))
     np.add.at(held, owner[split_op], table.saved[split_op])
     handed, rows_of = _given(table, parts)
-    if not all(pool.shared for pool in pools):
+    if not rows_shared:
         saved, held = saved + rows_of, held + rows_of
     whole_saved = np.zeros(n)
     np.add.at(whole_saved, owner[whole_op], table.saved[whole_op, 0] + table.saved[whole_op, 1] * batch)
@@ -112,18 +121,16 @@ def build(
     link = _worst_link(cluster)
     bandwidth = min((d.memory_bandwidth for d in cluster.devices), default=1e10)
     counts, schedules = _choices(batch, len(cluster.devices), can_split, constraints)
-    places: dict[int, set[int]] = {}
-    for i, device in resolved.place:
-        pool = next(p for p, q in enumerate(pools) if device in q.devices)
-        b = int(owner[i])
-        places[b] = places[b] & {pool} if b in places else {pool}
     problem = Problem(
         batch=batch,
         pools=pools,
         single=single,
         split=split,
         edges=_edges(graph, owner, once_op),
-        weights=(*_weights(graph, owner), *(_whole(handed, batch) if any(pool.shared for pool in pools) else ())),
+        weights=(
+            *weights(graph, users_of(graph, owner)),
+            *(_whole(handed, batch) if any(shares_memory(pool.devices[0]) for pool in pools) else ()),
+        ),
         microbatches=counts,
         schedules=schedules,
         optimizer_factor=float(optimizer_factor(optimizer)) if train else 0.0,
@@ -136,14 +143,59 @@ def build(
         reduce_seconds_per_byte=3.0 / (bandwidth * max(len(cluster.devices), 1)),
         together=tuple(tuple(sorted({int(owner[i]) for i in ops})) for _, ops in resolved.together),
         breaks=tuple(starts[i] for _, i in resolved.starts if i in starts),
-        pools_of=tuple((b, tuple(sorted(p))) for b, p in sorted(places.items())),
+        pools_of=_places(pools, owner, resolved),
         recompute=tuple(forced) if names else (),
         may_recompute=may if train else (),
         max_stages=constraints.max_stages,
         num_stages=constraints.stages,
         num_replicas=constraints.num_replicas,
+        zero=max(constraints.zero, 0),
+        gathered=2.0 * largest_unit(graph),
     )
     return Built(problem, tuple(parts), units)
+
+
+def regrouped(
+    built: Built, before: Cluster, cluster: Cluster, *, constraints: Constraints, resolved: Resolved, processes: bool
+) -> Built:  # fmt: skip
+    """The same problem where the devices of ``before`` are grouped into those of ``cluster``, of the same kinds."""
+    problem = built.problem
+    pools = _pools(cluster, resolved, processes)
+    of_kind = {before.device(pool.devices[0]).kind: p for p, pool in enumerate(problem.pools)}
+    rows = [of_kind[cluster.device(pool.devices[0]).kind] for pool in pools]
+    owner = np.zeros(built.blocks[-1].stop, dtype=np.int64)
+    for b, block in enumerate(built.blocks):
+        owner[block.start : block.stop] = b
+    slow, late = _worst_link(cluster)
+    bandwidth = min(d.memory_bandwidth for d in cluster.devices)
+    counts, schedules = _choices(problem.batch, len(cluster.devices), problem.microbatches != (1,), constraints)
+    return replace(
+        built,
+        problem=replace(
+            problem, pools=pools, single=of_pools(problem.single, rows), split=of_pools(problem.split, rows),
+            microbatches=counts, schedules=schedules, pools_of=_places(pools, owner, resolved), latency=late,
+            seconds_per_byte=slow, reduce_seconds_per_byte=3.0 / (bandwidth * len(cluster.devices)),
+        ),
+    )  # fmt: skip
+
+
+def of_pools(times: Times, rows: Sequence[int]) -> Times:
+    """The times of these pools, in this order."""
+    chosen = list(rows)
+    return replace(
+        times, forward=times.forward[chosen], backward=times.backward[chosen], weight=times.weight[chosen],
+        whole=times.whole[chosen],
+    )  # fmt: skip
+
+
+def _places(pools: Sequence[Pool], owner: Indices, resolved: Resolved) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Block -> the pools it may use, of those that were placed."""
+    places: dict[int, set[int]] = {}
+    for i, device in resolved.place:
+        pool = next(p for p, q in enumerate(pools) if device in q.devices)
+        b = int(owner[i])
+        places[b] = places[b] & {pool} if b in places else {pool}
+    return tuple((b, tuple(sorted(p))) for b, p in sorted(places.items()))
 
 
 def _choices(
@@ -165,7 +217,7 @@ def _choices(
     return counts, ("1f1b", "zero_bubble", "gpipe")
 
 
-def _pools(cluster: Cluster, resolved: Resolved) -> tuple[Pool, ...]:
+def _pools(cluster: Cluster, resolved: Resolved, processes: bool) -> tuple[Pool, ...]:
     placed = {device for _, device in resolved.place}
     groups: dict[tuple[object, ...], list[Device]] = {}
     for device in cluster.devices:
@@ -174,7 +226,7 @@ def _pools(cluster: Cluster, resolved: Resolved) -> tuple[Pool, ...]:
     return tuple(
         Pool(
             ", ".join(d.name for d in group), tuple(d.name for d in group), HEADROOM * group[0].memory_bytes,
-            shares_memory(group[0].name),
+            shares_memory(group[0].name) and not processes,
         )
         for group in groups.values()
     )  # fmt: skip
@@ -249,19 +301,26 @@ def _edges(graph: Graph, owner: Indices, once: Bools) -> tuple[Edge, ...]:
     return tuple(edges)
 
 
-def _weights(graph: Graph, owner: Indices) -> tuple[Weights, ...]:
+def users_of(graph: Graph, owner: Indices) -> dict[str, tuple[int, ...]]:
+    """Parameter, buffer or constant -> the blocks that use it."""
     users: dict[str, set[int]] = {}
     for i, op in enumerate(graph.ops):
         for name in op.uses():
             base = graph.tensor(name).base or name
             if graph.tensor(base).role in ("parameter", "buffer", "constant"):
                 users.setdefault(base, set()).add(int(owner[i]))
+    return {base: tuple(sorted(where)) for base, where in users.items()}
+
+
+def weights(
+    graph: Graph, users: Mapping[str, tuple[int, ...]], parts: Mapping[str, float] | None = None
+) -> tuple[Weights, ...]:  # fmt: skip
+    """What blocks use, by the blocks that do. ``parts``: bytes of what is held in part."""
     merged: dict[tuple[int, ...], tuple[float, float]] = {}
-    for base, where in users.items():
+    for base, key in users.items():
         tensor = graph.tensor(base)
-        size = float(tensor.nbytes(max(graph.batch, 1)))
+        size = float((parts or {}).get(base, tensor.nbytes(max(graph.batch, 1))))
         trained = size if tensor.role == "parameter" and tensor.needs_grad else 0.0
-        key = tuple(sorted(where))
         old = merged.get(key, (0.0, 0.0))
         merged[key] = (old[0] + size, old[1] + trained)
     return tuple(Weights(key, *value) for key, value in merged.items())

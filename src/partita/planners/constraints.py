@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,9 +13,11 @@ from typing import Any
 
 import yaml
 
+from partita.check_tensor import tensor_problems
 from partita.cluster import Cluster
 from partita.errors import PlanError, UsageError
 from partita.graph import Graph, Op
+from partita.plan import Plan, Stage
 from partita.schedules import NAMES
 
 
@@ -25,13 +28,13 @@ class Constraints:
     ``split_before``: a stage begins there. ``place``: (glob, device). ``recompute``: activations dropped and made
     again. ``max_stages``, ``stages`` (exactly so many), ``microbatches``: 0 leaves them open. ``schedule``: empty
     leaves it open. ``replicas``: devices of each stage; True leaves them open, False or 1 is one device a stage.
-    ``tensor``: devices that divide each single op between them; they count as one device for all else (0: open on a
-    described cluster, else 1).
+    ``tensor``: devices that divide each single op between them; they count as one device for all else. 1 is no
+    division, 0 leaves it open where ``replicas`` is open, for devices without ``place``. ``shard``: (glob of parameters
+    or ops, ``Shard(0)`` or ``Replicate``) that such teams keep to. ``tp_within_node``: teams on one node only, or
+    (False) over nodes too. ``zero``: ZeRO's level over replicas, 0 to 3, for a process a device (-1: open).
 
-    For described clusters only: ``shard``: (parameter's glob, ``Shard(0)`` or ``Replicate``). ``zero``: ZeRO level (-1:
-    open). ``tp_within_node`` False: ops may be divided over nodes. ``sequence``: activations between products divided
-    along the sequence, or not. ``stages_per_device``: stages that a device takes in turn (interleaving). ``place`` may
-    name a kind of device there.
+    For described clusters only: ``sequence``: activations between products divided along the sequence, or not.
+    ``stages_per_device``: stages that a device takes in turn (interleaving). ``place`` may name a kind of device there.
     """
 
     keep_together: tuple[tuple[str, ...], ...] = ()
@@ -180,7 +183,7 @@ def _placements(value: Any) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-FOR_CLUSTERS = ("shard", "zero", "tp_within_node", "sequence", "stages_per_device")
+FOR_CLUSTERS = ("sequence", "stages_per_device")
 _PLACEMENT = re.compile(r"Shard\(\d+\)|Replicate(\(\))?")
 READERS: Mapping[str, Callable[[Any], Any]] = {
     "keep_together": _groups, "split_before": _names, "place": _pairs, "recompute": _names, "max_stages": _count,
@@ -267,6 +270,7 @@ def resolve(graph: Graph, cluster: Cluster, constraints: Constraints) -> Resolve
             (a, x), (b, y), *_ = where.items()
             problems.append(f"keep_together {group!r} contradicts place {x!r} on {a} and place {y!r} on {b}")
     problems += _degrees(constraints, len({s for _, s in starts if s}) + 1, len(cluster.devices))
+    problems += _divisions(graph, cluster, constraints)
     used, most = len({d for _, d in place.values()}), _most_stages(constraints, len(cluster.devices))
     if used > most:
         problems.append(f"place uses {used} devices, each a stage of its own, but {most} stages are allowed")
@@ -291,15 +295,41 @@ def _degrees(constraints: Constraints, needed: int, devices: int) -> list[str]:
         lines.append(f"stages {exact} and max_stages {most} contradict")
     if needed > devices:
         lines.append(f"split_before makes {needed} stages, but there are {devices} devices")
-    wide = max(replicas, 1)
+    tensor = max(constraints.tensor, 1)
+    if tensor > devices:
+        return [*lines, f"tensor {tensor} needs {tensor} devices a stage; there are {devices}"]
+    wide = max(replicas, 1) * tensor
     if max(exact, 1) * wide > devices:
-        what = f"stages {exact} of {wide} replicas need" if exact and wide > 1 else ""
-        what = what or (f"stages {exact} need" if exact else f"replicas {wide} need")
-        lines.append(f"{what} {max(exact, 1) * wide} devices; there are {devices}")
+        each = [f"replicas {replicas}"] * (replicas > 1) + [f"tensor {tensor}"] * (tensor > 1)
+        what = " with ".join([f"stages {exact}"] * bool(exact) + each)
+        what = f"stages {exact} of {replicas} replicas" if exact and replicas > 1 and tensor == 1 else what
+        lines.append(f"{what} need {max(exact, 1) * wide} devices; there are {devices}")
+    if tensor > 1 and needed > 1 and needed * tensor > devices >= needed:
+        lines.append(f"{needed} stages with tensor {tensor} need {needed * tensor} devices; there are {devices}")
     if replicas > 1 and needed > 1 and needed * replicas > devices >= needed:
         lines.append(f"{needed} stages of {replicas} replicas need {needed * replicas} devices; there are {devices}")
     if constraints.microbatches and replicas > constraints.microbatches:
         lines.append(f"replicas {replicas} and microbatches {constraints.microbatches} contradict: one would idle")
+    return lines
+
+
+def _divisions(graph: Graph, cluster: Cluster, constraints: Constraints) -> list[str]:
+    """What is wrong with wishes for divided ops and state."""
+    lines = []
+    members = max(constraints.tensor, 2)
+    if constraints.shard and constraints.tensor == 1:
+        lines.append(
+            f"shard {constraints.shard[0][0]!r} and tensor 1 contradict: nothing is divided; drop one of the two"
+        )
+    elif constraints.shard:
+        stage = Stage(tuple(f"member {k}" for k in range(members)), shard=constraints.shard, tensor=members)
+        found = tensor_problems(Plan((stage,)), graph, dict.fromkeys((op.name for op in graph.ops), 0))
+        lines += [line.removeprefix("stage 0").lstrip(", ") for line in found]
+    most = max(Counter(d.node for d in cluster.devices).values(), default=0)
+    if constraints.tp_within_node and constraints.tensor > most:
+        lines.append(f"tensor {constraints.tensor} and tp_within_node contradict: a node has {most} devices")
+    if constraints.zero > 0 and constraints.num_replicas == 1:
+        lines.append(f"zero {constraints.zero} and replicas 1 contradict: it shards over replicas; drop one of the two")
     return lines
 
 

@@ -12,7 +12,6 @@ from typing import Protocol
 
 from partita.cluster import Cluster
 from partita.cost.blocks import Block
-from partita.cost.memory import static_bytes
 from partita.errors import PartitaError
 from partita.plan import Plan
 from partita.planners.build import Built
@@ -23,6 +22,7 @@ from partita.planners.objective import (
     received_bytes,
     stage_bytes,
     stage_time,
+    static_bytes,
     weight_bytes,
 )
 from partita.planners.problem import Candidate, Problem, StageChoice
@@ -38,7 +38,8 @@ def describe(problem: Problem, candidate: Candidate) -> str:
     stages = candidate.stages
     if len(stages) == 1:
         r = stages[0].replicas
-        shape = "one device" if r == 1 else f"{r} replicas of the whole model"
+        one = "one team" if problem.pools[stages[0].pool].members > 1 else "one device"
+        shape = one if r == 1 else f"{r} replicas of the whole model"
     else:
         widest = max(s.replicas for s in stages)
         shape = f"{len(stages)} stages" + (
@@ -46,6 +47,11 @@ def describe(problem: Problem, candidate: Candidate) -> str:
         )
     again = sum(len(s.recompute) for s in stages)
     tail = f", {again} parts recomputed" if again else ""
+    teams = [problem.pools[s.pool].members for s in stages]
+    if max(teams) > 1:
+        tail += f", ops divided by {'+'.join(map(str, dict.fromkeys(teams)))}"
+    if problem.zero:
+        tail += f", ZeRO {problem.zero}"
     m = candidate.microbatches
     schedule = f", {candidate.schedule}" if len(stages) > 1 else ""
     return f"{shape}, {m} microbatch{'es' if m != 1 else ''}{schedule}{tail}"
@@ -133,14 +139,17 @@ def binding_reasons(built: Built, candidate: Candidate, optimizer: str) -> tuple
     shares = [n / problem.pools[s.pool].memory_bytes for n, s in zip(need, candidate.stages, strict=True)]
     full = max(range(len(shares)), key=shares.__getitem__)
     stage = candidate.stages[full]
-    total, trained = weight_bytes(problem, stage.blocks)
-    total -= given_bytes(problem, stage.blocks)
-    state = problem.optimizer_factor * trained
-    rest = need[full] - total - state - (trained if problem.train else 0.0)
-    parts = [("parameters", total)]
-    if problem.train:
-        parts += [("gradients", trained), (f"{optimizer} state", state)]
-    parts.append(("activations and buffers", max(rest, 0.0)))
+    team = problem.on(stage.pool)
+    total, trained = weight_bytes(team, stage.blocks)
+    shared, mine = problem.pools[stage.pool].shared, -(-candidate.microbatches // stage.replicas)
+    static = static_bytes(team, total, trained, stage.replicas, shared, mine)
+    given = given_bytes(team, stage.blocks)
+    parts = [("parameters", total - given)]
+    if problem.train and problem.zero and stage.replicas > 1:
+        parts = [(f"parameters, gradients and {optimizer} state", static - given)]
+    elif problem.train:
+        parts += [("gradients", trained), (f"{optimizer} state", problem.optimizer_factor * trained)]
+    parts.append(("activations and buffers", max(need[full] - static + given, 0.0)))
     split = ", ".join(f"{name} {format_bytes(value)}" for name, value in parts if value)
     lines.append(
         f"memory is fullest in stage {full}: {format_bytes(need[full])} of "
@@ -158,15 +167,6 @@ def other_reasons(
         change = f" ({seconds / best - 1:+.1%})" if best else ""
         lines.append(f"next best: {describe(problem, candidate)}: {format_seconds(seconds)}{change}")
     return tuple(lines)
-
-
-def replica_bytes(problem: Problem, candidate: Candidate, stage: int, optimizer: str) -> tuple[float, float]:
-    """Static bytes of a stage's first device and of its other replicas."""
-    choice = candidate.stages[stage]
-    total, trained = weight_bytes(problem, choice.blocks)
-    shared = problem.pools[choice.pool].shared
-    first = static_bytes(total, trained, optimizer=optimizer, train=problem.train)
-    return first, static_bytes(total, trained, optimizer=optimizer, train=problem.train, owner=not shared)
 
 
 def given_bytes(problem: Problem, blocks: Sequence[int]) -> float:
@@ -203,16 +203,29 @@ class Priced(Protocol):
     """What simulation says of a candidate. ``over``: a device that would not hold it, with the bytes missing."""
 
     @property
+    def plan(self) -> Plan: ...
+
+    @property
     def seconds(self) -> float: ...
+
+    @property
+    def memory(self) -> tuple[tuple[str, int], ...]: ...
 
     @property
     def over(self) -> tuple[str, float]: ...
 
 
 class Planner(Protocol):
-    """What ``later_reasons`` asks: prices of candidates, and plans for other clusters."""
+    """What ``later_reasons`` asks: prices of candidates, and plans for other clusters.
 
-    cluster: Cluster
+    ``otherwise``: the best plan that divides ops between devices (True) or that does not.
+    """
+
+    @property
+    def cluster(self) -> Cluster: ...
+
+    @property
+    def processes(self) -> bool: ...
 
     def price(self, built: Built, candidate: Candidate) -> Priced | None: ...
 
@@ -220,10 +233,13 @@ class Planner(Protocol):
 
     def elsewhere(self, cluster: Cluster) -> Plan: ...
 
+    def otherwise(self, divided: bool) -> Priced | None: ...
+
 
 def later_reasons(planner: Planner, built: Built, candidate: Candidate, seconds: float, gap: float) -> tuple[str, ...]:
     """Reasons that are simulated or planned anew: a neighbour's seconds are those ``predict`` gives for it."""
     lines = [*_neighbours(planner, built, candidate, seconds), *_pace(planner, built, candidate, seconds)]
+    lines += [*_whole_or_divided(planner, built, candidate, seconds), *_state(planner, built, candidate, seconds)]
     cluster = planner.cluster
     more = replace(cluster, devices=tuple(replace(d, memory_bytes=d.memory_bytes + GIB) for d in cluster.devices))
     links = tuple(replace(k, bandwidth=2.0 * k.bandwidth) for k in cluster.links)
@@ -246,6 +262,41 @@ def later_reasons(planner: Planner, built: Built, candidate: Candidate, seconds:
     return tuple(lines)
 
 
+def _whole_or_divided(planner: Planner, built: Built, candidate: Candidate, now: float) -> list[str]:
+    """The best plan that differs in whether single ops are divided."""
+    if len(planner.cluster.devices) < 2:
+        return []
+    mine = any(built.problem.pools[s.pool].members > 1 for s in candidate.stages)
+    found = planner.otherwise(not mine)
+    if found is None:
+        return ["no plan of whole ops fits" if mine else "no plan that divides single ops between devices was found"]
+    degree = max(stage.tensor for stage in found.plan.stages)
+    what = "without divided ops" if mine else f"with single ops divided by {degree}"
+    stages = len(found.plan.stages)
+    shape = f"{stages} stage{'s' if stages > 1 else ''}, {found.plan.batch.microbatches} microbatches"
+    device, short = found.over
+    tail = f", {format_bytes(short)} too much for {device}" if device else ""
+    change = f"{format_seconds(found.seconds)} a step ({found.seconds / now - 1:+.1%})"
+    return [f"{what} the best plan ({shape}) takes {change}{tail}"]
+
+
+def _state(planner: Planner, built: Built, candidate: Candidate, now: float) -> list[str]:
+    """The same plan at the other levels of ZeRO."""
+    problem = built.problem
+    if not planner.processes or not problem.train or all(s.replicas < 2 for s in candidate.stages):
+        return []
+    lines = []
+    for level in (level for level in range(4) if level != problem.zero):
+        priced = planner.price(replace(built, problem=replace(problem, zero=level)), candidate)
+        if priced is not None:
+            device, need = max(priced.memory, key=lambda pair: pair[1])
+            where, short = priced.over
+            more = f", {format_bytes(short)} too much for {where}" if where else ""
+            text = f"{_change(priced.seconds, now)}, {format_bytes(need)} on {device}{more}"
+            lines.append(f"this plan with ZeRO {level}: {text}")
+    return lines
+
+
 def _seconds_of(planner: Planner, cluster: Cluster) -> float | None:
     try:
         predicted = planner.elsewhere(cluster).predicted
@@ -262,7 +313,9 @@ def _change(seconds: float, now: float) -> str:
 def _neighbours(planner: Planner, built: Built, candidate: Candidate, now: float) -> list[str]:
     """Each cut one part earlier and later, simulated; the first few cuts of a long pipeline."""
     lines = []
-    for k in range(1, min(len(candidate.stages), CUTS_PRICED + 1)):
+    divided = any(built.problem.pools[s.pool].members > 1 for s in candidate.stages)
+    most = 1 if divided else CUTS_PRICED
+    for k in range(1, min(len(candidate.stages), most + 1)):
         where = _name(built.blocks[min(candidate.stages[k].blocks)])
         found = []
         for word, by in (("earlier", -1), ("later", 1)):

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from partita.apart import passes
 from partita.cost.memory import in_flight
 from partita.cost.pipeline import StageTime, fill, steady
 from partita.planners.problem import Array, Candidate, Problem, StageChoice
@@ -47,17 +48,8 @@ def tail_seconds(problem: Problem, trained: Bytes, replicas: int, shared: bool, 
         return 0.0 * trained
     if shared:
         return (replicas - 1) * problem.reduce_seconds_per_byte * trained
-    n = passes(problem.zero, microbatches)
+    n = passes(problem.zero, once=microbatches == 1)
     return n * (replicas - 1) * (problem.seconds_per_byte / replicas * trained + problem.latency)
-
-
-def passes(zero: int, microbatches: int) -> int:
-    """How often a step takes a stage's parameters round the ring of its replicas (Rajbhandari et al., 2020, section 7).
-
-    0: gradients are summed (two). 1: the rows that others updated are gathered too. 2: gradients go to whose rows they
-    are (one), rows are gathered. 3: rows are gathered for forward and, where a replica has one microbatch, backward.
-    """
-    return 3 if zero == 1 or (zero == 3 and microbatches == 1) else 2
 
 
 def static_bytes(

@@ -31,11 +31,23 @@ class Result(Protocol):
 class Request(Protocol):
     """A request that can be changed and tried. ``feasible``: in closed form; ``attempt``: simulated too."""
 
-    cluster: Cluster
-    batch: int
-    optimizer: str
-    constraints: Constraints
-    train: bool
+    @property
+    def cluster(self) -> Cluster: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def optimizer(self) -> str: ...
+
+    @property
+    def constraints(self) -> Constraints: ...
+
+    @property
+    def train(self) -> bool: ...
+
+    @property
+    def processes(self) -> bool: ...
 
     def again(
         self,
@@ -58,7 +70,7 @@ def remedies(request: Request, guilty: tuple[Atom, ...] = ()) -> tuple[Remedy, .
     found = loosened(request, guilty)
     if guilty and not _feasible(request, cluster=_scaled(request.cluster, AMPLE)):
         return (*found, *_devices(request))
-    found += [*_memory(request), *_devices(request), *_batch(request)]
+    found += [*_memory(request), *_devices(request), *_batch(request), *_zero(request)]
     if request.train and request.optimizer not in ("none", "sgd"):
         sgd = _try(request, optimizer="sgd")
         if sgd is not None:
@@ -105,6 +117,9 @@ def _nearest(atom: Atom, request: Request) -> Iterator[int]:
     """Other values of a number, nearest first."""
     value, devices = atom.value, len(request.cluster.devices)
     if isinstance(value, bool) or not isinstance(value, int):
+        return
+    if atom.field == "zero":
+        yield from (level for level in (3, 2, 1, 0) if level != value)
         return
     if atom.field == "microbatches":
         near = {v for v in (value // 2, value // 4, 2 * value, 4 * value, request.batch) if 0 < v <= request.batch}
@@ -192,6 +207,19 @@ def enlarged(cluster: Cluster, by: int) -> Cluster:
     kind = last.name.partition(":")[0]
     extra = tuple(replace(last, name=f"{kind}:{count + k}") for k in range(by))
     return replace(cluster, devices=(*cluster.devices, *extra))
+
+
+def _zero(request: Request) -> list[Remedy]:
+    """State divided over replicas, were each device a process of its own."""
+    if not request.train or request.processes or len(request.cluster.devices) < 2 or request.constraints.zero >= 0:
+        return []
+    for level in (2, 3):
+        near = replace(request.constraints, zero=level)
+        found = _try(request, constraints=near) if _feasible(request, constraints=near) else None
+        if found is not None:
+            text = f"zero {level} with a process a device (torchrun) fits: {_numbers(found)}"
+            return [Remedy(text, {"constraints": near})]
+    return []
 
 
 def _devices(request: Request) -> list[Remedy]:

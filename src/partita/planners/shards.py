@@ -27,8 +27,14 @@ def with_shards(graph: Graph, layouts: BatchLayouts, plan: Plan, cluster: Cluste
     """
     if all(stage.tensor < 2 for stage in plan.stages):
         return plan
-    division = divide(graph, layouts, plan, batch=plan.batch.size or graph.batch, prices=prices(plan, cluster))
+    size = plan.batch.size or graph.batch
+    division = divide(graph, layouts, plan, batch=size, prices=prices(plan, cluster), ranks=1)
     assert division is not None
+    return named(graph, plan, division)
+
+
+def named(graph: Graph, plan: Plan, division: Division) -> Plan:
+    """The plan with what the division found."""
     stages = tuple(_named(graph, s, stage, division) for s, stage in enumerate(plan.stages))
     notes = unruled(graph, [op for choice in division.choices.values() for op in choice.options])
     return replace(plan, stages=stages, reasons=(*plan.reasons, *notes))

@@ -46,6 +46,7 @@ class Request:
         """``limits``: instead of the numbers among the constraints. ``like``: its looked-up counts serve here too."""
         self.graph, self.cluster, self.batch, self.optimizer = graph, cluster, batch, optimizer
         self.constraints, self.train, self.assume, self.limits = constraints, train, assume, limits
+        self.processes = True
         there = pools(cluster, assume)
         made = asked(graph, there, constraints)
         self.search: Search = Search(
