@@ -316,6 +316,7 @@ def _speech(batch: int = 8) -> Workload:
 WORKLOADS: dict[str, Workload] = {
     "gpt30m": _gpt(4096, 512, 8, 8),
     "gpt10m": _gpt(256, 384, 6, 6),
+    "gpt3m": _gpt(256, 256, 4, 4),
     "vit": _vit(),
     "resnet": _resnet(),
     "mlp": _mlp(),

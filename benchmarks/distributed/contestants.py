@@ -5,6 +5,7 @@ A step is zero_grad, forward, loss, backward; gradients stay where an optimizer 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
@@ -13,9 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 import partita
-from benchmarks.models import Workload, cross_entropy
+from benchmarks.distributed.megatron import divided
+from benchmarks.models import GPT, Block, ViT, Workload, cross_entropy
 from partita.plan import Batch, Plan, Stage
 
 
@@ -108,29 +112,83 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield from child
 
 
-def tensor_parallel(work: Workload) -> Ready:
-    """By hand, in Megatron's way: the first linear of a pair by columns, the second by rows."""
+class Apart(nn.Module):
+    """A block whose fused projection is taken apart, so that heads can be divided by ``parallelize_module``."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.width, self.causal = block.project.in_features // block.heads, block.causal
+        self.norm1, self.norm2, self.project, self.up, self.down = (
+            block.norm1, block.norm2, block.project, block.up, block.down,
+        )  # fmt: skip
+        inside = block.project.in_features
+        for name, weight, bias in zip("qkv", block.qkv.weight.chunk(3), block.qkv.bias.chunk(3), strict=True):
+            part = nn.Linear(inside, inside)
+            with torch.no_grad():
+                part.weight.copy_(weight)
+                part.bias.copy_(bias)
+            setattr(self, name, part)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, t, _ = x.shape
+        own = self.norm1(x)
+        q, k, v = (part(own).view(n, t, -1, self.width).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.project(y.transpose(1, 2).reshape(n, t, -1))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def tensor_parallel(work: Workload, *, attention: bool) -> Ready:
+    """By hand, in Megatron's way: the first linear of a pair by columns, the second by rows; heads where asked, and
+    then the scores too, with the loss taken from their parts."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 
     model, x, target = work.build()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for part in blocks(model):
-        if hasattr(part, "up"):
-            parallelize_module(part, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    if not any(hasattr(part, "up") for part in blocks(model)):
+    columns, rows, parted = ColwiseParallel(), RowwiseParallel(), False
+    if isinstance(model, GPT | ViT):
+        plan: dict[str, Any] = {"up": columns, "down": rows}
+        if attention:
+            model.blocks = nn.ModuleList(Apart(block) for block in model.blocks)  # type: ignore[arg-type]
+            plan |= {"q": columns, "k": columns, "v": columns, "project": rows}
+        for part in model.blocks:
+            parallelize_module(part, mesh, plan)
+        if attention and isinstance(model, GPT):
+            parallelize_module(model, mesh, {"head": ColwiseParallel(use_local_output=False)})
+            parted = True
+    else:
         layers = [part for part in blocks(model) if isinstance(part, nn.Linear)]
-        for first, second in zip(layers[::2], layers[1::2], strict=False):
+        for first, second in zip(layers[::2], layers[1::2], strict=True):
             parallelize_module(first, mesh, ColwiseParallel())
             parallelize_module(second, mesh, RowwiseParallel())
 
     def step() -> float:
         model.zero_grad(set_to_none=True)
-        loss = cross_entropy(model(x), target)
-        loss.backward()
-        return loss.item()
+        with loss_parallel() if parted else contextlib.nullcontext():
+            loss = cross_entropy(model(x), target)
+            loss.backward()
+        return float(loss.full_tensor() if isinstance(loss, DTensor) else loss)
 
-    return Ready(step, "Colwise and Rowwise on the MLPs")
+    return Ready(step, "heads, MLPs, scores" if attention else "MLPs")
+
+
+def best_tensor_parallel(work: Workload) -> Ready:
+    which = (True, False) if hasattr(work.make(), "blocks") else (False,)
+    return best({f"Colwise, Rowwise ({a}):": (lambda a=a: tensor_parallel(work, attention=a)) for a in which})
+
+
+def megatron(work: Workload) -> Ready:
+    model, x, target = work.build()
+    model, loss_of = divided(model)
+
+    def step() -> float:
+        model.zero_grad(set_to_none=True)
+        loss = loss_of(model(x), target)
+        loss.backward()
+        return float(loss)
+
+    return Ready(step, "heads, MLPs, scores")
 
 
 # -- pipelines -----------------------------------------------------------------------------------------------------
@@ -232,7 +290,7 @@ def torch_pipeline(work: Workload, schedule: str) -> Ready:
 CONTESTS: dict[str, dict[str, Callable[[Workload], Ready]]] = {
     "data": {"partita": partita_dp, "DistributedDataParallel": ddp},
     "zero3": {"partita": partita_zero3, "fully_shard": fsdp},
-    "tensor": {"partita": partita_tp, "parallelize_module": tensor_parallel},
+    "tensor": {"partita": partita_tp, "parallelize_module": best_tensor_parallel, "Megatron by hand": megatron},
     "pipeline": {
         "partita 1f1b": lambda w: partita_pipeline(w, "1f1b"),
         "partita zero_bubble": lambda w: partita_pipeline(w, "zero_bubble"),

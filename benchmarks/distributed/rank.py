@@ -6,21 +6,30 @@ import json
 import os
 import random
 import sys
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 import torch.distributed as dist
 
 from benchmarks.distributed.contestants import CONTESTS, Ready
-from benchmarks.models import WORKLOADS
+from benchmarks.distributed.megatron import sent_bytes
+from benchmarks.models import WORKLOADS, Workload
 
 
-def closed_form(contest: str, parameter_bytes: int, size: int) -> int | None:
-    """Bytes this rank sends in a step of partita's: of gradients, for ZeRO 3 of parameters too."""
+def closed_form(contest: str, work: Workload, size: int) -> int:
+    """Bytes a rank sends in a step: of gradients, for ZeRO 3 of parameters too; what crosses a cut one way; what
+    Megatron's division sums."""
+    model, x, _ = work.build()
+    parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     share = (size - 1) / size
-    if contest == "data":
-        return round(2 * share * parameter_bytes)
-    return round(3 * share * parameter_bytes) if contest == "zero3" else None
+    if contest in ("data", "zero3"):
+        return round((2 if contest == "data" else 3) * share * parameter_bytes)
+    with torch.no_grad():
+        chain = work.chain(model) if work.chain is not None else []
+        for part in chain[: len(chain) // 2]:
+            x = part(x)
+    crossing: int = x.numel() * x.element_size()
+    return crossing if contest == "pipeline" else sent_bytes(model, crossing, size)
 
 
 def main(contest: str, workload: str, rounds: int) -> None:
@@ -48,22 +57,23 @@ def main(contest: str, workload: str, rounds: int) -> None:
             ready.step()
             sent[name] = ready.sent.payload - before
     seconds: dict[str, list[float]] = {name: [] for name in made}
+    busy: dict[str, list[float]] = {name: [] for name in made}
     order, draw = list(made), random.Random(0)
     for _ in range(rounds):
         draw.shuffle(order)
         for name in order:
             dist.barrier()
-            start = perf_counter()
+            start, spent = perf_counter(), process_time()
             made[name].step()
+            busy[name].append(process_time() - spent)
             dist.barrier()
             seconds[name].append(perf_counter() - start)
     every: list[object] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, (seconds, losses, sent))
+    dist.all_gather_object(every, (seconds, losses, sent, busy))
     if rank == 0:
-        size = sum(p.numel() * p.element_size() for p in work.make().parameters())
         print(json.dumps({
             "ranks": every, "failed": failed, "notes": {n: r.note for n, r in made.items()},
-            "expected": closed_form(contest, size, dist.get_world_size()),
+            "expected": closed_form(contest, work, dist.get_world_size()),
         }))  # fmt: skip
     dist.destroy_process_group()
 

@@ -35,7 +35,7 @@ def contest(name: str, model: str, rounds: int, ranks: int) -> dict[str, object]
 
 def rows(found: dict[str, object]) -> dict[str, list[float]]:
     """Seconds a round of each contestant: of the slower rank."""
-    each = [seconds for seconds, _, _ in found["ranks"]]  # type: ignore[attr-defined]
+    each = [seconds for seconds, *_ in found["ranks"]]  # type: ignore[attr-defined]
     return {name: [max(r) for r in zip(*(e[name] for e in each), strict=True)] for name in each[0]}
 
 
@@ -49,8 +49,8 @@ def main() -> int:
     options = parser.parse_args()
     console, everything = Console(width=130), []
     for name in options.contests.split(","):
-        table = Table("model", "contestant", "median ms", "least ms", "theirs / ours", "sent MB (closed form)", "loss",
-                      "settings", title=f"{name}, {options.ranks} ranks")  # fmt: skip
+        table = Table("model", "contestant", "median ms", "least ms", "CPU ms", "theirs / ours",
+                      "sent MB (closed form)", "loss", "settings", title=f"{name}, {options.ranks} ranks")  # fmt: skip
         for model in options.models.split(","):
             found = contest(name, model, options.rounds, options.ranks)
             seconds = rows(found)
@@ -58,8 +58,8 @@ def main() -> int:
             ours = min((n for n in seconds if n.startswith("partita")), key=lambda n: median(seconds[n]), default="")
             for who, times in seconds.items():
                 share = str(ratio(times, seconds[ours])) if ours and who != ours else ""
-                losses = [x for _, loss, _ in found["ranks"] if (x := loss.get(who)) is not None]  # type: ignore[attr-defined]
-                sent = [s[who] for _, _, s in found["ranks"] if who in s]  # type: ignore[attr-defined]
+                losses = [x for _, loss, *_ in found["ranks"] if (x := loss.get(who)) is not None]  # type: ignore[attr-defined]
+                sent = [s[who] for _, _, s, _ in found["ranks"] if who in s]  # type: ignore[attr-defined]
                 amount = f"{max(sent) / 1e6:.2f}" if sent else ""
                 if sent and found["expected"]:
                     amount += f" ({found['expected'] / 1e6:.2f})"  # type: ignore[operator]
@@ -68,13 +68,14 @@ def main() -> int:
                     who,
                     f"{1e3 * median(times):.1f}",
                     f"{1e3 * min(times):.1f}",
+                    f"{1e3 * max(median(busy[who]) for *_, busy in found['ranks']):.1f}",  # type: ignore[attr-defined]
                     share,
                     amount,
                     f"{sum(losses) / len(losses):.5f}",
                     str(found["notes"][who]),
                 )  # type: ignore[index]
             for who, why in found["failed"].items():  # type: ignore[attr-defined]
-                table.add_row(model, who, "failed", "", "", "", "", why)
+                table.add_row(model, who, "failed", "", "", "", "", "", why)
         console.print(table)
     if options.json:
         print(json.dumps(everything))

@@ -1,7 +1,8 @@
 """Apart: a simulated step as processes of their own take it: no parameter is shared, ZeRO divides them over replicas.
 
     simulated   one memory, or whole copies      static bytes corrected, exactly; gradients in parts from ZeRO 2 on
-    afterwards  gradients round the ring         as often as the level asks (Rajbhandari et al., 2020, section 7)
+    afterwards  gradients round the ring         as often as the level asks (Rajbhandari et al., 2020, section 7);
+                                                 between hosts without ZeRO during the last backward
 
 The simulator knows replicas that share a memory; what a process holds beyond or below that is constant over the step,
 but for gradients, which it is told to be as large as the rows that stay.
@@ -9,10 +10,18 @@ but for gradients, which it is told to be as large as the rows that stay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from partita.cluster import Cluster
+from partita.cost.communication import (
+    IN_FLIGHT,
+    buckets,
+    large_bytes,
+    ring,
+    ring_all_reduce,
+    ring_host_seconds,
+)
 from partita.cost.memory import optimizer_factor, shares_memory
 from partita.cost.table import SegmentCost
 from partita.graph import Graph
@@ -118,13 +127,41 @@ def _summed(
     found = list(events)
     for device, parameters in held.items() if train else ():
         rings: dict[tuple[str, ...], float] = {}
+        sizes: dict[tuple[str, ...], list[int]] = {}
         for name, (size, trains) in parameters.items():
             if trains and len(users[name]) > 1:
                 rings[users[name]] = rings.get(users[name], 0.0) + size
+                sizes.setdefault(users[name], []).append(size)
+        if not level and several_nodes(cluster):
+            found += [_during(events, device, members, each, cluster) for members, each in sizes.items()]
+            continue
         seconds = sum(_seconds(cluster, _Ring(*item), passes(level, once=once)) for item in rings.items())
         if seconds:
             found.append(Event(device, "REDUCE", "REDUCE", -1, -1, start, start + seconds))
     return tuple(found)
+
+
+def _during(
+    events: Sequence[Event], device: str, members: tuple[str, ...], sizes: Sequence[int], cluster: Cluster
+) -> Event:  # fmt: skip
+    """Gradients summed over a link while backward runs. ``sizes``: of the parameters in order of use; the last one's
+    gradient is there first. They are taken to come evenly over the last backward; where weight gradients are made
+    apart, at its end. What the members' own cores do for it makes backward that much longer."""
+    ends = [e for e in events if e.device in members and e.kind in ("B", "W")]
+    end = max((e.end for e in ends), default=0.0)
+    last = [max((e for e in ends if e.device == d), key=lambda e: e.end, default=None) for d in members]
+    apart = any(e.kind == "W" for e in ends)
+    begin = end if apart else min(end, max((e.start for e in last if e is not None), default=end))
+    channel = ring(cluster, members)
+    messages = buckets(sizes[::-1], large_bytes(channel))
+    lanes, free = [begin] * IN_FLIGHT, begin
+    delay = ring_all_reduce(0.0, len(members), channel)
+    for k, nbytes in enumerate(messages):
+        ready = begin + (end - begin) * (k + 1) / len(messages)
+        free = max(free, ready, min(lanes)) + ring_all_reduce(nbytes, len(members), channel) - delay
+        lanes[lanes.index(min(lanes))] = free + delay
+    done = max(*lanes, end + ring_host_seconds(sum(sizes), len(members), channel))
+    return Event(device, "REDUCE", "REDUCE", -1, -1, begin, done, sum(sizes))
 
 
 def _seconds(cluster: Cluster, ring: _Ring, count: int) -> float:

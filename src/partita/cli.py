@@ -146,13 +146,27 @@ def report(
 
 @app.command()
 def measure(devices: Devices = "", output: Out = None, as_json: Json = False) -> None:
-    """Measure this machine: its devices, their speed and memory, and the links between them."""
-    from partita.measure.detect import local_cluster, summary
+    """Measure this machine: its devices, their speed and memory, and the links between them.
 
-    writable(output)
-    cluster = Cluster.detect(refresh=True)
-    if devices:
-        cluster = local_cluster(devices)
+    In processes started together (``partita run ... -m partita.cli measure``) the devices are the ranks, on all their
+    hosts, and rank 0 writes and prints.
+    """
+    from partita.measure.detect import local_cluster, summary
+    from partita.runtime.distributed import join_world, launched
+
+    if launched():
+        from partita.measure.ranks import rank_cluster
+
+        world = join_world()
+        cluster = rank_cluster(world, devices or "auto")
+        if world.rank:
+            return
+        writable(output)
+    else:
+        writable(output)
+        cluster = Cluster.detect(refresh=True)
+        if devices:
+            cluster = local_cluster(devices)
     if output is not None:
         cluster.save(output)
     if as_json:

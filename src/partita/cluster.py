@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from os import PathLike
 
 
@@ -35,13 +36,16 @@ class Device:
 class Link:
     """Between two devices, either way: ``latency_seconds + bytes / bandwidth`` for one transfer.
 
-    An end that stops in '*' means every device whose name begins so: ``node0/*``, ``*``.
+    ``host_bandwidth``: bytes per second that an end's own cores hand over or take, where they do the moving (sockets):
+    time that their computing goes without; infinite where something else moves the data. An end that stops in '*' means
+    every device whose name begins so: ``node0/*``, ``*``.
     """
 
     source: str
     target: str
     bandwidth: float
     latency_seconds: float
+    host_bandwidth: float = inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
+from math import inf
 from typing import Any
 
 import msgspec
@@ -165,6 +166,7 @@ class _Link(msgspec.Struct):
     between: tuple[str, str]
     bandwidth: str
     latency: str = "0s"
+    host: str = ""
 
 
 class _File(msgspec.Struct):
@@ -205,7 +207,8 @@ def loads(text: str, source: str = "the cluster") -> Cluster:
     for i, line in enumerate(file.links if file else ()):
         bandwidth = _amount(reader, ("links", i, "bandwidth"), line.bandwidth, "B/s")
         latency = _amount(reader, ("links", i, "latency"), line.latency, "seconds", zero=True)
-        links.append(Link(*line.between, bandwidth, latency))
+        host = _amount(reader, ("links", i, "host"), line.host, "B/s") if line.host else inf
+        links.append(Link(*line.between, bandwidth, latency, host))
     if file is not None and not devices:
         reader.problem(("devices",), "a cluster needs at least one device")
     if reader.problems:
@@ -291,6 +294,7 @@ def dumps(cluster: Cluster) -> str:
                 between=FlowList((link.source, link.target)),
                 bandwidth=_spell(link.bandwidth, "B/s"),
                 latency=_spell(link.latency_seconds, "seconds"),
+                **({} if link.host_bandwidth == inf else {"host": _spell(link.host_bandwidth, "B/s")}),
             )
             for link in cluster.links
         ]

@@ -94,7 +94,7 @@ def group_findings() -> tuple[Finding, ...]:
     """The ranks, their hosts, versions and links. Collective."""
     import torch
 
-    from partita.measure.ranks import links_between
+    from partita.measure.links import links_between
     from partita.runtime.distributed import join_world
     from partita.units import format_seconds
 
@@ -110,7 +110,7 @@ def group_findings() -> tuple[Finding, ...]:
         if other:
             advice = f"{'; '.join(other)}: install the same everywhere"
             rows.append(Finding(f"{name} on rank 0", version, False, advice))
-    for (a, b), (bandwidth, latency) in links_between(world).items():
+    for (a, b), (bandwidth, latency, _) in links_between(world).items():
         text = f"{format_bytes(int(bandwidth))}/s after {format_seconds(latency)}"
         rows.append(Finding(f"rank {a} - rank {b}", text))
     return tuple(rows)

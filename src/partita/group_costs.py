@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import inf
 
 from partita.cluster import Cluster
 from partita.cost.affine import Affine, through
-from partita.cost.communication import Channel, ring_all_gather, ring_all_reduce
+from partita.cost.communication import Channel, pairwise_all_to_all, ring, ring_all_gather, ring_all_reduce
 from partita.cost.table import SegmentCost
 from partita.divide import Division
 from partita.graph import Graph, Op, refs
 from partita.program import Program
 from partita.trace import Trace
 
-FORWARD = {"all_reduce": 2, "all_gather": 1, "all_gather_copied": 1, "reduce_scatter": 1, "divided_cross_entropy": 2}
-BACKWARD = {"copied": 2, "take": 1, "all_gather_copied": 1, "reduce_scatter": 1}
-"""Passes over the ring: 2 for an all_reduce, 1 for an all_gather or a reduce_scatter."""
+FORWARD = {
+    "all_reduce": 2, "all_gather": 1, "all_gather_copied": 1, "reduce_scatter": 1, "exchange": 1,
+    "divided_cross_entropy": 2,
+}  # fmt: skip
+BACKWARD = {"copied": 2, "take": 1, "all_gather_copied": 1, "reduce_scatter": 1, "exchange": 1}
+"""Passes over the ring: 2 for an all_reduce, 1 for an all_gather, a reduce_scatter or an all_to_all."""
 
 
 def with_collectives(
@@ -62,12 +64,6 @@ def collective_seconds(
     return forward, backward
 
 
-def ring(cluster: Cluster, members: tuple[str, ...]) -> Channel:
-    """The slowest link of a ring of these devices."""
-    links = [cluster.link(a, b) for a, b in zip(members, (*members[1:], members[0]), strict=True)]
-    return Channel(min((k.bandwidth for k in links), default=inf), max((k.latency_seconds for k in links), default=0.0))
-
-
 def _seconds(graph: Graph, op: Op, passes: int, members: int, channel: Channel) -> Affine:
     if not passes:
         return Affine()
@@ -77,6 +73,8 @@ def _seconds(graph: Graph, op: Op, passes: int, members: int, channel: Channel) 
 
     def at(samples: int) -> float:
         nbytes = graph.tensor(name).nbytes(samples)
+        if kind == "exchange":
+            return pairwise_all_to_all(members * nbytes, members, channel)
         if passes == 2:
             return ring_all_reduce(nbytes, members, channel)
         return ring_all_gather(nbytes, members, channel)

@@ -1,7 +1,8 @@
 """Simulate: walk a Program's instruction lists with a clock; the Trace a run would give, with memory per device.
 
 A worker runs its list in order. SEND leaves at once and takes the link for ``latency + bytes / bandwidth``, one message
-after the other; RECV waits for its message. Accuracy: exact for the given costs and uncontended devices.
+after the other; RECV waits for its message. Both take of the device what its own cores do for them. Accuracy: exact for
+the given costs and uncontended devices.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class _Run:
             begin = max(start, self.link_free.get(link, 0.0))
             end = begin + self.cluster.transfer_seconds(device, item.peer, item.nbytes)
             self.link_free[link] = end
+            self.clock[device] = start + item.nbytes / self.cluster.link(device, item.peer).host_bandwidth
             self.arrival[(device, item.peer, item.segment, item.microbatch, item.tensor, item.grad)] = end
             self._event(device, item, begin, end)
             self.memory.sent(device, item)
@@ -89,7 +91,8 @@ class _Run:
             key = (item.peer, device, item.segment, item.microbatch, item.tensor, item.grad)
             if key not in self.arrival:
                 return False
-            self.clock[device] = max(start, self.arrival[key])
+            moving = item.nbytes / self.cluster.link(device, item.peer).host_bandwidth
+            self.clock[device] = max(start + moving, self.arrival[key])
             self.memory.received(device, item)
             self._event(device, item, start, self.clock[device])
             return True

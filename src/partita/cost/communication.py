@@ -11,20 +11,65 @@ network, so groups that run side by side do not slow each other.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil, log2
+from math import ceil, inf, log2
+
+from partita.cluster import Cluster
+
+BUCKET_BYTES = 1 << 21
+LARGE_BYTES = 1 << 18
+MOST_BYTES = 1 << 23
+IN_FLIGHT = 2
+"""Gradients of at least ``LARGE_BYTES`` are sent alone, smaller ones together up to a bucket; over a link with a long
+delay larger ones too, up to ``MOST_BYTES``. A process group of Gloo has so many sums in flight at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """One device's link in one direction: bytes per second that collectives reach, seconds a hop."""
+    """One device's link in one direction: bytes per second that collectives reach, seconds a hop; ``host``: bytes per
+    second that its own cores hand over or take, where they do."""
 
     bandwidth: float
     latency: float = 0.0
+    host: float = inf
 
     def seconds(self, nbytes: float) -> float:
         """One message."""
         return self.latency + nbytes / self.bandwidth if nbytes else 0.0
+
+
+def ring(cluster: Cluster, members: Sequence[str]) -> Channel:
+    """The slowest link of the ring in this order: in time every hop waits for it."""
+    links = [cluster.link(a, b) for a, b in zip(members, (*members[1:], members[0]), strict=True)]
+    return Channel(
+        min((k.bandwidth for k in links), default=inf),
+        max((k.latency_seconds for k in links), default=0.0),
+        min((k.host_bandwidth for k in links), default=inf),
+    )
+
+
+def large_bytes(channel: Channel) -> int:
+    """From which size on a gradient is worth a message of its own: as much as the link carries while a word goes there
+    and back."""
+    both_ways = 2 * channel.latency * channel.bandwidth if channel.latency else 0.0
+    return int(max(LARGE_BYTES, min(both_ways, MOST_BYTES)))
+
+
+def buckets(sizes: Iterable[int], large: int = LARGE_BYTES) -> tuple[int, ...]:
+    """Bytes of each message that carries gradients of these sizes, in order; the last also says which there are.
+    ``large``: what goes alone."""
+    found: list[int] = []
+    small = 0
+    for size in sizes:
+        if size >= large:
+            found.append(size)
+        elif small + size > max(BUCKET_BYTES, large):
+            found.append(small)
+            small = size
+        else:
+            small += size
+    return (*found, small)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +88,11 @@ class Team:
 
 def ring_all_reduce(nbytes: float, n: int, channel: Channel) -> float:
     return 2 * (n - 1) * (channel.latency + nbytes / n / channel.bandwidth) if n > 1 else 0.0
+
+
+def ring_host_seconds(nbytes: float, n: int, channel: Channel) -> float:
+    """What an all_reduce in a ring takes of each member's own cores, which send and take 2 (n-1)/n of it."""
+    return 4 * (n - 1) / n * nbytes / channel.host
 
 
 def tree_all_reduce(nbytes: float, n: int, channel: Channel) -> float:

@@ -143,8 +143,12 @@ def _sizes(captured: Captured, batch_layouts: BatchLayouts, cluster: Cluster, as
 
 
 def _groups(cluster: Cluster) -> list[tuple[Device, ...]]:
-    """Devices measured at the same time: all CPU groups together, one GPU of each kind alone."""
+    """Devices measured at the same time: all CPU groups of a host together, one GPU of each kind alone. The first
+    device's host stands for others that have nothing else."""
     together = tuple(d for d in cluster.devices if shares_memory(d.name))
+    here = tuple(d for d in together if d.node == cluster.devices[0].node)
+    if {d.kind for d in here} == {d.kind for d in together}:
+        together = here
     alone = {d.kind: d for d in cluster.devices if not shares_memory(d.name)}
     return [*([together] if together else []), *((d,) for d in alone.values())]
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations
-from time import perf_counter
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from partita.cluster import Cluster, Device, Link
 from partita.errors import ClusterError
 from partita.measure.detect import Memory, describe_rank, limited
+from partita.measure.links import links_between
 from partita.runtime.distributed import World
-
-EVERY_PAIR = 8
-SMALL, LARGE = 64, 1 << 20
 
 
 def rank_cluster(world: World, devices: int | str | Sequence[str] | Cluster, memory: Memory = None) -> Cluster:
@@ -67,43 +60,3 @@ def _wanted(devices: int | str | Sequence[str], names: list[str]) -> list[str]:
     kind = names[0].partition(":")[0]
     words = [str(word).strip().lower() for word in devices]
     return [word if ":" in word else f"{kind}:{i}" for i, word in enumerate(words)]
-
-
-def links_between(world: World) -> dict[tuple[int, int], tuple[float, float]]:
-    """(bytes per second, seconds of latency) of each pair of ranks; of many ranks, one pair for each pair of hosts."""
-    pairs = list(combinations(range(world.size), 2))
-    stands_for: dict[tuple[str, str], tuple[int, int]] = {}
-    for a, b in pairs:
-        stands_for.setdefault((world.hosts[a], world.hosts[b]), (a, b))
-    timed = pairs if world.size <= EVERY_PAIR else list(stands_for.values())
-    own = {}
-    for a, b in timed:
-        if world.rank in (a, b):
-            found = _time_link(world, b if world.rank == a else a, first=world.rank == a)
-            if world.rank == a:
-                own[a, b] = found
-        world.gather(None, "the links to be timed")
-    figures: dict[tuple[int, int], tuple[float, float]] = {}
-    for found_here in world.gather(own, "the links' speeds"):
-        figures.update(found_here)
-    return {p: figures.get(p) or figures[stands_for[world.hosts[p[0]], world.hosts[p[1]]]] for p in pairs}
-
-
-def _time_link(world: World, peer: int, *, first: bool) -> tuple[float, float]:
-    """There and back, halved: small messages for the latency, large ones for the bandwidth."""
-
-    def echo(size: int, rounds: int) -> float:
-        buffer = torch.zeros(size, dtype=torch.uint8)
-        times = []
-        for _ in range(rounds):
-            start = perf_counter()
-            order: list[Any] = [dist.send, dist.recv] if first else [dist.recv, dist.send]
-            for call in order:
-                call(buffer, peer, group=world.control)
-            times.append((perf_counter() - start) / 2)
-        return statistics.median(times[1:])
-
-    with world.watch.waiting(f"rank {peer} to time the link"):
-        latency = echo(SMALL, 12)
-        seconds = echo(LARGE, 6)
-    return float(f"{LARGE / max(seconds - latency, 1e-9):.3g}"), float(f"{latency:.3g}")

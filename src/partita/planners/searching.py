@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from partita.apart import several_nodes
 from partita.cost.memory import optimizer_factor
 from partita.planners.build import HEADROOM, Built
 from partita.planners.joint import joint
@@ -80,7 +81,8 @@ def beside(task: Task, found: Searched) -> list[Candidate]:
     built, outcome = found.built, found.outcome
     assert not isinstance(outcome, Infeasible)
     return [
-        outcome.best, *_pipeline(built.problem, outcome.best), *outcome.others, *_mixed(task, built.problem),
+        outcome.best, *_pipeline(built.problem, outcome.best), *_plain(task, built.problem), *outcome.others,
+        *_mixed(task, built.problem),
         *_interleaved(task, built.problem),
     ]  # fmt: skip
 
@@ -95,6 +97,21 @@ def _pipeline(problem: Problem, best: Candidate) -> list[Candidate]:
     alone = replace(problem, replicas=False, microbatches=counts, may_recompute=())
     found = stages(alone, slack=0.02, keep=1)
     return [] if isinstance(found, Infeasible) or len(found.best.stages) < 2 else [found.best]
+
+
+def _plain(task: Task, problem: Problem) -> list[Candidate]:
+    """Between hosts, where links decide: one device, and a replica of the whole model on each, to compare."""
+    count = problem.num_devices
+    apart = several_nodes(task.cluster) and len(problem.pools) == 1 and not problem.joined
+    if not apart or problem.num_stages > 1 or problem.breaks or problem.pools_of or problem.recompute:
+        return []
+    alone = Candidate((StageChoice(tuple(range(problem.num_blocks)), 0),), 1, "1f1b")
+    both = replace(alone, stages=(replace(alone.stages[0], replicas=count),), microbatches=count)
+    wanted = [(alone, 1)] + ([(both, count)] if problem.replicas and count <= problem.batch else [])
+    return [
+        c for c, n in wanted
+        if n in problem.microbatches and problem.num_replicas in (0, n) and fits(problem, c)
+    ]  # fmt: skip
 
 
 def _mixed(task: Task, problem: Problem) -> list[Candidate]:

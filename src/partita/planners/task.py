@@ -11,12 +11,11 @@ from typing import Any
 
 from partita.cluster import Cluster
 from partita.cost.blocks import Block, blocks, legal_cuts
-from partita.cost.communication import Channel
+from partita.cost.communication import Channel, ring
 from partita.cost.memory import shares_memory
 from partita.cost.table import CostTable
 from partita.errors import PlanError
 from partita.graph import Graph
-from partita.group_costs import ring
 from partita.planners.build import Built, build, regrouped
 from partita.planners.constraints import Constraints, Resolved, resolve
 from partita.planners.divided import Divider

@@ -41,8 +41,11 @@ class Group(Protocol):
         """Of the sum of everybody's tensor, the rows of ``dim`` that are this member's: ``sizes[r]`` for member r."""
         ...
 
-    def all_to_all(self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """``parts[r]`` goes to member r; what member r gave for this one comes back, of ``shapes[r]``."""
+    def all_to_all(
+        self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]], largest: int = 0
+    ) -> list[torch.Tensor]:
+        """``parts[r]`` goes to member r; what member r gave for this one comes back, of ``shapes[r]``. ``largest``:
+        elements of the largest part that any member gives to any, where all know it."""
         ...
 
     def broadcast(self, tensor: torch.Tensor | None, source: int = 0) -> torch.Tensor:
@@ -95,7 +98,9 @@ class LocalGroup:
         self._meet(None)
         return found
 
-    def all_to_all(self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def all_to_all(
+        self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]], largest: int = 0
+    ) -> list[torch.Tensor]:
         given = self._meet([part.detach() for part in parts])
         with torch.no_grad():
             found = [theirs[self.rank].to(parts[self.rank].device, copy=True) for theirs in given]

@@ -7,6 +7,7 @@
     all_gather              own rows
     all_gather_copied       reduce_scatter        its backward's all_reduce and slice in one
     reduce_scatter          all_gather
+    exchange                exchange              own rows of one dim for own rows of another: an all_to_all
 
 ``rounds``: which rows of a dim each member holds (``placements.Cut``); where they are several, rows are put in order
 before and after.
@@ -64,19 +65,38 @@ def _sizes(tensor_rows: int, rounds: Rounds, size: int, rank: int) -> list[int]:
 def gathered(group: Group, tensor: torch.Tensor, dim: int, rounds: Rounds) -> torch.Tensor:
     """The whole, of everybody's rows."""
     sizes = _sizes(tensor.shape[dim], rounds, group.size, group.rank)
-    parts = group.all_gather(tensor.contiguous(), dim, sizes)
-    outer = sum(sizes) // sum(map(sum, rounds))
+    return _joined(group.all_gather(tensor.contiguous(), dim, sizes), dim, rounds)
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int, rounds: Rounds) -> torch.Tensor:
+    """Everybody's rows in the order of the whole."""
+    outer = sum(p.shape[dim] for p in parts) // sum(map(sum, rounds))
     if len(rounds) == 1 and outer == 1:
-        return torch.cat(parts, dim)
-    shape = tensor.shape
+        return torch.cat(list(parts), dim)
+    shape = parts[0].shape
     split = [p.reshape(*shape[:dim], outer, -1, *shape[dim + 1 :]) for p in parts]
-    taken = [0] * group.size
+    taken = [0] * len(parts)
     pieces = []
     for r in rounds:
         for i, length in enumerate(r):
             pieces.append(split[i].narrow(dim + 1, taken[i], length))
             taken[i] += length
     return torch.cat(pieces, dim + 1).reshape(*shape[:dim], -1, *shape[dim + 1 :])
+
+
+def exchanged(
+    group: Group, tensor: torch.Tensor, held: int, held_rounds: Rounds, dim: int, rounds: Rounds
+) -> torch.Tensor:
+    """This member's rows of ``dim``, of all rows of ``held``, of which everybody has some."""
+    parts = [own_rows(tensor, dim, rounds, r) for r in range(group.size)]
+    sizes = _sizes(tensor.shape[held], held_rounds, group.size, group.rank)
+    shapes = []
+    for size in sizes:
+        shape = list(parts[group.rank].shape)
+        shape[held] = size
+        shapes.append(shape)
+    largest = max(p.numel() for p in parts) // max(sizes[group.rank], 1) * max(sizes)
+    return _joined(group.all_to_all(parts, shapes, largest if min(sizes) else 0), held, held_rounds)
 
 
 def scattered(group: Group, tensor: torch.Tensor, dim: int, rounds: Rounds) -> torch.Tensor:
@@ -147,6 +167,19 @@ class _ReduceScatter(torch.autograd.Function):
         return None, gathered(ctx.group, grads[0], ctx.dim, ctx.rounds), None, None
 
 
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, group: Group, x: torch.Tensor, held: int, held_rounds: Rounds, dim: int, rounds: Rounds
+    ) -> torch.Tensor:
+        ctx.group, ctx.back = group, (dim, rounds, held, held_rounds)
+        return exchanged(group, x, held, held_rounds, dim, rounds)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, exchanged(ctx.group, grads[0], *ctx.back), None, None, None, None
+
+
 def all_reduce(x: torch.Tensor, *, group: Group) -> torch.Tensor:
     return _AllReduce.apply(group, x)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -172,6 +205,12 @@ def all_gather_copied(x: torch.Tensor, dim: int, rounds: Rounds, *, group: Group
 
 def reduce_scatter(x: torch.Tensor, dim: int, rounds: Rounds, *, group: Group) -> torch.Tensor:
     return _ReduceScatter.apply(group, x, dim, rounds)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def exchange(
+    x: torch.Tensor, held: int, held_rounds: Rounds, dim: int, rounds: Rounds, *, group: Group
+) -> torch.Tensor:
+    return _Exchange.apply(group, x, held, held_rounds, dim, rounds)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def table_rows(
@@ -245,7 +284,8 @@ def divided_cross_entropy(
 IN_GROUP: dict[str, Callable[..., torch.Tensor]] = {
     f"partita.{f.__name__}": f
     for f in (
-        all_reduce, copied, take, all_gather, all_gather_copied, reduce_scatter, table_rows, divided_cross_entropy
+        all_reduce, copied, take, all_gather, all_gather_copied, reduce_scatter, exchange, table_rows,
+        divided_cross_entropy,
     )
 }  # fmt: skip
 """Ops that are told their group as ``group=``."""

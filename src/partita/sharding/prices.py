@@ -3,7 +3,8 @@
     from \\ to     Replicate       Copied (its backward)              Shard
     Replicate     -               - (all_reduce)                     own rows (all_gather)
     Partial       all_reduce      all_reduce (all_reduce)            reduce_scatter (all_gather)
-    Shard         all_gather      all_gather (reduce_scatter)        same: -; other: all_gather (all_gather)
+    Shard         all_gather      all_gather (reduce_scatter)        same: -; other rows of its dim: all_gather
+                                                                     (all_gather); another dim: all_to_all (all_to_all)
 
 Ring collectives over n members: an all_reduce moves 2 (n-1)/n of the bytes, an all_gather or reduce_scatter (n-1)/n
 (Patarasuk and Yuan, 2009). Exact for uncontended rings whose latency does not count.
@@ -46,7 +47,9 @@ def conversion(prices: Prices, members: int, nbytes: int, held: Placement, wante
             return gather + back * gather
         return reduce * (1 + back * isinstance(wanted, Copied))
     if isinstance(wanted, Shard):
-        return gather + back * gather
+        apart = isinstance(held, Shard) and wanted.dim != held.dim
+        move = prices.latency + part / members if apart else gather
+        return move + back * move
     return gather * (1 + back * isinstance(wanted, Copied))
 
 

@@ -210,6 +210,10 @@ class _Writer:
         if found is not None:
             return found
         between = self._between(held, wanted)
+        if isinstance(wanted, Shard) and between is None and isinstance(held, Shard):
+            whole = self.versions.get((name, REPLICATE, op.grad, None, segment))
+            if take is not None or whole is not None:  # it is there whole, or comes whole for its rows of the batch
+                between = REPLICATE
         if between is not None:
             own = self.version(name, between, op, part)
             held = between
@@ -232,7 +236,7 @@ class _Writer:
         """What stands between two placements where no one collective leads from one to the other."""
         if isinstance(held, Partial) and isinstance(wanted, Copied):
             return REPLICATE
-        if isinstance(held, Shard) and isinstance(wanted, Shard):
+        if isinstance(held, Shard) and isinstance(wanted, Shard) and held.dim == wanted.dim:
             return REPLICATE
         return None
 
@@ -245,6 +249,8 @@ class _Writer:
             kind = "all_reduce"
             if isinstance(wanted, Shard):
                 kind, args = "reduce_scatter", (*args, wanted.dim, wanted.cut.rounds)
+        elif isinstance(held, Shard) and isinstance(wanted, Shard):
+            kind, args = "exchange", (*args, held.dim, held.cut.rounds, wanted.dim, wanted.cut.rounds)
         elif isinstance(held, Shard):
             kind = "all_gather" if isinstance(wanted, Replicate) else "all_gather_copied"
             args = (*args, held.dim, held.cut.rounds)

@@ -20,12 +20,15 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from partita.runtime.distributed.messages import Sent
 from partita.runtime.distributed.world import Group, World
 
+T = TypeVar("T")
 PAGE = 4096
 BYTES = 64 << 20
 SPINS = 40
@@ -36,8 +39,8 @@ GIVEN, SUMMED, READ = 0, 8, 16  # counters, one a cache line
 class Arena:
     """One group's areas, by position. ``make`` gives None where the ranks cannot share memory."""
 
-    def __init__(self, world: World, position: int, maps: Sequence[mmap.mmap]) -> None:
-        self.world, self.position, self.size = world, position, len(maps)
+    def __init__(self, world: World, position: int, maps: Sequence[mmap.mmap], sent: Sent) -> None:
+        self.world, self.position, self.size, self.sent = world, position, len(maps), sent
         self.counters = [memoryview(m)[:PAGE].cast("q") for m in maps]
         self.areas = [torch.frombuffer(m, dtype=torch.uint8, offset=PAGE) for m in maps]
         self.number = 0
@@ -46,8 +49,9 @@ class Arena:
         self.waiting: deque[tuple[int, Callable[[], None]]] = deque()
 
     @staticmethod
-    def make(world: World, ranks: Sequence[int], group: Group) -> Arena | None:
-        """Collective among the ranks."""
+    def make(world: World, ranks: Sequence[int], group: Group, sent: Sent) -> Arena | None:
+        """Collective among the ranks. ``sent`` counts what is read from others' areas (all read as much as they give,
+        where their parts are equal)."""
         able = (
             sys.platform.startswith("linux") and platform.machine() in ("x86_64", "AMD64")  # stores stay in order there
             and world.device.type == "cpu" and len({world.hosts[r] for r in ranks}) == 1
@@ -69,7 +73,7 @@ class Arena:
             dist.all_gather_object(agreed, maps is not None, group=group)
         if offer is not None:
             os.close(offer[1])
-        return Arena(world, list(ranks).index(world.rank), maps) if maps is not None and all(agreed) else None
+        return Arena(world, list(ranks).index(world.rank), maps, sent) if maps is not None and all(agreed) else None
 
     def fits(self, *nbytes: int) -> bool:
         """Whether an op that needs this room may go through here; the same answer on all ranks."""
@@ -93,7 +97,7 @@ class Arena:
                 if r == self.position:
                     part = own
                 else:
-                    part = self._view(r, offset, flat.numel(), flat.dtype)[at[self.position] : at[self.position + 1]]
+                    part = self._taken(r, offset, at[self.position], at[self.position + 1], flat.dtype)
                 total = part if total is None else total + part if r == 1 else total.add_(part)
             assert total is not None
             result.append(total)
@@ -113,12 +117,39 @@ class Arena:
             self._await(GIVEN, number + 1, what)
             for r, target in enumerate(out.split(list(splits))):  # type: ignore[no-untyped-call]
                 if r != self.position:
-                    target.copy_(self._view(r, offset, splits[r], own.dtype))
+                    target.copy_(self._taken(r, offset, 0, splits[r], own.dtype))
                 elif target.data_ptr() != own.data_ptr():
                     target.copy_(own)
             self._set(READ, number + 1)
 
         return self._landing(number, land, lambda: out)
+
+    def exchange(
+        self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]], largest: int, what: str
+    ) -> list[torch.Tensor]:
+        """What every rank gave for this one, of ``shapes``; ``parts[r]`` goes to rank r, and has a place of ``largest``
+        elements."""
+        kind = parts[0].dtype
+        slot = largest * kind.itemsize
+        number, offset = self._place(slot * self.size, what)
+        for r, part in enumerate(parts):
+            if r != self.position:
+                self._view(self.position, offset + r * slot, part.numel(), kind).view(part.shape).copy_(part)
+        self._set(GIVEN, number + 1)
+        found: list[torch.Tensor] = []
+
+        def land() -> None:
+            self._await(GIVEN, number + 1, what)
+            for r, shape in enumerate(shapes):
+                if r == self.position:
+                    found.append(parts[r].clone(memory_format=torch.contiguous_format))
+                    continue
+                count = torch.Size(shape).numel()
+                taken = self._taken(r, offset + self.position * slot, 0, count, kind)
+                found.append(taken.view(*shape).clone())
+            self._set(READ, number + 1)
+
+        return self._landing(number, land, lambda: found)()
 
     def sum(self, flat: torch.Tensor, what: str) -> tuple[Callable[[], torch.Tensor], Callable[[], bool]]:
         """(landing, push) of the sum in place: first each rank's slice is summed by that rank (``push``), then read by
@@ -140,7 +171,7 @@ class Arena:
             low, high = at[self.position], at[self.position + 1]
             for r in range(self.size):
                 if r != self.position:
-                    total.add_(self._view(r, offset, count, kind)[low:high])
+                    total.add_(self._taken(r, offset, low, high, kind))
             self._view(self.position, second, high - low, kind).copy_(total)
             self._set(SUMMED, order + 1)
             summed[0] = True
@@ -159,7 +190,7 @@ class Arena:
             self._await(SUMMED, order + 1, what)
             for r in range(self.size):
                 if r != self.position:
-                    slices[r].copy_(self._view(r, second, at[r + 1] - at[r], kind))
+                    slices[r].copy_(self._taken(r, second, 0, at[r + 1] - at[r], kind))
             self._set(READ, number + 1)
 
         return self._landing(number, land, lambda: flat), push
@@ -176,12 +207,10 @@ class Arena:
         self.number, self.head = number + 1, offset + _rounded(nbytes)
         return number, offset
 
-    def _landing(
-        self, number: int, land: Callable[[], None], result: Callable[[], torch.Tensor]
-    ) -> Callable[[], torch.Tensor]:
+    def _landing(self, number: int, land: Callable[[], None], result: Callable[[], T]) -> Callable[[], T]:
         self.waiting.append((number, land))
 
-        def landed() -> torch.Tensor:
+        def landed() -> T:
             self._land_until(number)
             return result()
 
@@ -196,6 +225,11 @@ class Arena:
 
     def _view(self, rank: int, offset: int, count: int, kind: torch.dtype) -> torch.Tensor:
         return self.areas[rank][offset : offset + count * kind.itemsize].view(kind)
+
+    def _taken(self, rank: int, offset: int, first: int, last: int, kind: torch.dtype) -> torch.Tensor:
+        """Elements of what another rank has put there, counted."""
+        self.sent.payload += (last - first) * kind.itemsize
+        return self._view(rank, offset + first * kind.itemsize, last - first, kind)
 
     def _set(self, counter: int, value: int) -> None:
         self.counters[self.position][counter] = value

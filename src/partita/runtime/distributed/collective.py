@@ -38,7 +38,7 @@ class Members:
     def __init__(self, world: World, ranks: Sequence[int], sent: Sent, purpose: str) -> None:
         self.world, self.ranks, self.sent = world, tuple(ranks), sent
         self.group: Group = world.group(ranks, purpose)
-        self.arena = Arena.make(world, self.ranks, self.group)
+        self.arena = Arena.make(world, self.ranks, self.group, sent)
         self.position = self.ranks.index(world.rank)
 
     @property
@@ -47,20 +47,20 @@ class Members:
 
     def sum(self, flat: torch.Tensor, what: str) -> Flight:
         """In place."""
-        self._count(2 * flat.numel() * flat.element_size() * (self.size - 1) // self.size)
-        arena = self._arena(2 * flat.numel() * flat.element_size())
+        arena = self.fitting(2 * flat.numel() * flat.element_size())
         if arena is not None:
-            return Flight(*arena.sum(flat, self._words(what)))
+            return Flight(*arena.sum(flat, self.words(what)))
+        self._count(2 * flat.numel() * flat.element_size() * (self.size - 1) // self.size)
         work = dist.all_reduce(flat, group=self.group, async_op=True)
         return self._flight(work, what, lambda: flat)
 
     def scatter(self, flat: torch.Tensor, splits: Sequence[int], what: str) -> Flight:
         """``flat``: all shards in order of rank, ``splits[r]`` elements each; gives this rank's of the sum."""
         own = splits[self.position]
-        self._count((flat.numel() - own) * flat.element_size())
-        arena = self._arena(flat.numel() * flat.element_size())
+        arena = self.fitting(flat.numel() * flat.element_size())
         if arena is not None:
-            return Flight(arena.scatter(flat, splits, self._words(what)))
+            return Flight(arena.scatter(flat, splits, self.words(what)))
+        self._count((flat.numel() - own) * flat.element_size())
         arrived = flat.new_empty(own * self.size)
         work = dist.all_to_all_single(
             arrived, flat, output_split_sizes=[own] * self.size, input_split_sizes=list(splits), group=self.group,
@@ -78,10 +78,10 @@ class Members:
 
     def gather(self, out: torch.Tensor, own: torch.Tensor, splits: Sequence[int], what: str) -> Flight:
         """``out``: room for all shards in order of rank."""
-        self._count((self.size - 1) * own.numel() * own.element_size())
-        arena = self._arena(max(splits) * own.element_size())
+        arena = self.fitting(max(splits) * own.element_size())
         if arena is not None:
-            return Flight(arena.gather(out, own, splits, self._words(what)))
+            return Flight(arena.gather(out, own, splits, self.words(what)))
+        self._count((self.size - 1) * own.numel() * own.element_size())
         if len(set(splits)) == 1:
             work: Any = all_gather_single(out, own, group=self.group, async_op=True)
         else:
@@ -91,10 +91,11 @@ class Members:
             )  # fmt: skip
         return self._flight(work, what, lambda: out)
 
-    def _arena(self, nbytes: int) -> Arena | None:
+    def fitting(self, nbytes: int) -> Arena | None:
+        """The shared memory, where an op that needs so much of it may go through there."""
         return self.arena if self.arena is not None and self.arena.fits(nbytes) else None
 
-    def _words(self, what: str) -> str:
+    def words(self, what: str) -> str:
         return f"{what} over ranks {', '.join(map(str, self.ranks))}"
 
     def _count(self, nbytes: int) -> None:
@@ -102,7 +103,7 @@ class Members:
 
     def _flight(self, work: Any, what: str, result: Callable[[], torch.Tensor]) -> Flight:
         def land() -> torch.Tensor:
-            with self.world.watch.waiting(self._words(what)):
+            with self.world.watch.waiting(self.words(what)):
                 work.wait()
             return result()
 
@@ -139,7 +140,15 @@ class RankGroup:
         flight = self._members.scatter(flat, [p.numel() for p in parts], "the sum of a divided op")
         return flight.land().view(own)
 
-    def all_to_all(self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def all_to_all(
+        self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]], largest: int = 0
+    ) -> list[torch.Tensor]:
+        arena = self._members.fitting(largest * self.size * parts[0].element_size())
+        if arena is not None:
+            return arena.exchange([p.detach() for p in parts], shapes, largest, self._members.words("parts"))
+        self._members.sent.payload += sum(
+            p.numel() * p.element_size() for r, p in enumerate(parts) if r != self.rank
+        )  # fmt: skip
         flat = torch.cat([p.detach().reshape(-1) for p in parts])
         counts = [torch.Size(s).numel() for s in shapes]
         out = flat.new_empty(sum(counts))

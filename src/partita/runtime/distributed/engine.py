@@ -10,6 +10,7 @@ import torch
 
 from partita.capture import Captured, decode_symbol
 from partita.cluster import Cluster
+from partita.cost.communication import large_bytes, ring
 from partita.divide import Division
 from partita.graph import Graph
 from partita.plan import Plan
@@ -74,6 +75,7 @@ class Distributed(Local):
     ) -> None:  # fmt: skip
         super().__init__(captured, layouts, plan, cluster, team)
         self.world, self.holding, self.shards, self.sent = world, holding, shards, sent
+        self.cluster = cluster
         self.gatherer: Gatherer | None = None
         self._members: dict[tuple[int, ...], Members] = {}
         self.torch_devices = dict.fromkeys(self.torch_devices, world.device)
@@ -170,7 +172,16 @@ class Distributed(Local):
             leader,
             program.members(leader),
             traffic(self.captured.graph, program, world.rank),
-            sums(self.captured.graph, program, instructions, together, scattered, silent, world.rank),
+            sums(
+                self.captured.graph,
+                program,
+                instructions,
+                together,
+                scattered,
+                silent,
+                world.rank,
+                lambda ranks: large_bytes(ring(self.cluster, tuple(f"{world.device.type}:{r}" for r in ranks))),
+            ),
             norms,
             results.changed_buffers(division.graph if division is not None else graph, program, world.size),
             drawing[-1] if drawing and len(set(drawing)) else -1,

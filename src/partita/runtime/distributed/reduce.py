@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from partita.cost.communication import BUCKET_BYTES
 from partita.graph import Graph
 from partita.program import Instruction, Program
 from partita.runtime.distributed.collective import Flight, Members
 
-LARGE_BYTES = 1 << 18
-BUCKET_BYTES = 1 << 21
 Rows = tuple[int, ...]
 
 
@@ -60,9 +59,11 @@ def sums(
     sharded: frozenset[str],
     silent: frozenset[str],
     rank: int,
+    large: Callable[[Rows], int],
 ) -> Sums:
     """``holders``: graph name of each parameter that wants a gradient -> the ranks that sum it with this one.
-    ``graph``: this rank's. ``silent``: those to which this rank adds nothing."""
+    ``graph``: this rank's. ``silent``: those to which this rank adds nothing. ``large(ranks)``: from how many bytes
+    on a gradient goes alone."""
     last: dict[str, int] = {}
     for position, op in enumerate(graph.ops):
         for name in op.uses():
@@ -72,7 +73,7 @@ def sums(
     shared = []
     for ranks, split in sorted({(holders[n], n in sharded) for n in ordered}):
         names = tuple(n for n in ordered if (holders[n], n in sharded) == (ranks, split))
-        shared.append(Shared(ranks, split, names, _buckets(graph, names)))
+        shared.append(Shared(ranks, split, names, _buckets(graph, names, large(ranks))))
     expected: dict[str, int] = {}
     for step in instructions:
         if step.kind == "B":
@@ -81,17 +82,19 @@ def sums(
     return Sums(tuple(shared), expected, silent)
 
 
-def _buckets(graph: Graph, names: tuple[str, ...]) -> tuple[Bucket, ...]:
+def _buckets(graph: Graph, names: tuple[str, ...], large: int) -> tuple[Bucket, ...]:
     """Large ones alone, the small ones between them together; marks last, with the last small ones."""
     found: list[Bucket] = []
     small: list[str] = []
     filled = 0
     for name in names:
         size = graph.tensor(name).nbytes(0)
-        if size >= LARGE_BYTES:
+        if size >= large:
             found.append(Bucket((name,)))
             continue
-        if small and (filled + size > BUCKET_BYTES or graph.tensor(name).dtype != graph.tensor(small[0]).dtype):
+        if small and (
+            filled + size > max(BUCKET_BYTES, large) or graph.tensor(name).dtype != graph.tensor(small[0]).dtype
+        ):
             found.append(Bucket(tuple(small)))
             small, filled = [], 0
         small.append(name)

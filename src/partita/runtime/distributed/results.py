@@ -48,6 +48,10 @@ def gather(world: World, state: StepState, name: str) -> torch.Tensor:
         own = [state.results[name, m] for m in mine] if owner == world.rank else []
         dim = layout.dim if isinstance(layout, Split) else 0
         value = torch.cat(own, dim) if len(own) > 1 else own[0] if own else None
+        meta = state.graph.tensor(name)
+        if meta.shape_at(state.batch) == () and len(mine) == 1:  # a loss: nothing about it need be said first
+            parts[mine[0]] = _number(world, value, owner, getattr(torch, meta.dtype), name)
+            continue
         value = spread(world, value, owner, f"the output {name}")
         if len(mine) == 1:
             parts[mine[0]] = value
@@ -63,6 +67,14 @@ def gather(world: World, state: StepState, name: str) -> torch.Tensor:
         return ordered[0]
     assert isinstance(layout, Split)
     return torch.cat(ordered, layout.dim)
+
+
+def _number(world: World, value: torch.Tensor | None, owner: int, kind: torch.dtype, name: str) -> torch.Tensor:
+    """One rank's scalar on every rank."""
+    found = torch.empty((), dtype=kind, device=world.device) if value is None else value.to(kind)
+    with world.watch.waiting(f"the output {name}"):
+        dist.broadcast(found, src=owner, group=world.whole)
+    return found
 
 
 def _summed(world: World, state: StepState, name: str, where: tuple[tuple[int, int], ...]) -> torch.Tensor:
