@@ -6,13 +6,16 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.local_pipeline.stats import ratio
 from benchmarks.two_hosts.link import ROOT, Hosts, die_with_parent, link, shape, why_not
 
 SHORTEST = 5e-5  # of a veth pair, which needs no relay
@@ -37,8 +40,8 @@ def sockets(hosts: Hosts) -> dict[str, float]:
 
 
 def ranks(hosts: Hosts, arguments: Sequence[str], timeout: float) -> list[dict[str, Any]]:
-    """One rank on each host through torchrun's c10d rendezvous; the JSON lines that rank 0 printed."""
-    started = []
+    """One rank on each host through torchrun's c10d rendezvous; the JSON lines of rank 0, as far as it came."""
+    started, folder = [], Path(hosts.control).parent
     for host in (0, 1):
         torchrun = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
@@ -46,20 +49,40 @@ def ranks(hosts: Hosts, arguments: Sequence[str], timeout: float) -> list[dict[s
             "--rdzv-conf", f"is_host={'false' if host else 'true'}", "--local-addr", hosts.addresses[host],
             "-m", "benchmarks.two_hosts.rank", *arguments,
         ]  # fmt: skip
-        started.append(
-            subprocess.Popen(
-                hosts.inside(host, torchrun), cwd=ROOT, env=hosts.environment(host), stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent,
-            )
-        )  # fmt: skip
+        with open(folder / f"errors{host}", "w") as errors:
+            started.append(
+                subprocess.Popen(
+                    hosts.inside(host, torchrun), cwd=ROOT, env=hosts.environment(host), text=True, stderr=errors,
+                    stdout=subprocess.DEVNULL if host else subprocess.PIPE, preexec_fn=die_with_parent,
+                )
+            )  # fmt: skip
+    late = threading.Timer(timeout, started[0].kill)
+    late.start()
+    found = []
     try:
-        said = [process.communicate(timeout=timeout) for process in started]
+        for line in started[0].stdout or ():
+            if line.startswith("{"):
+                found.append(json.loads(line))
+                print(summary(found[-1]), file=sys.stderr, flush=True)
     finally:
+        late.cancel()
         for process in started:  # the ranks end with their launchers
             process.kill()
-    if any(process.returncode for process in started):
-        raise SystemExit("\n".join(error[-3000:] for _, error in said))
-    return [json.loads(line) for out, _ in said for line in out.splitlines() if line.startswith("{")]
+            process.wait()
+    if not found:
+        raise SystemExit("\n".join((folder / f"errors{host}").read_text()[-3000:] for host in (0, 1)))
+    return found
+
+
+def summary(row: dict[str, Any]) -> str:
+    """One setting in a line."""
+    times = {name: median(s) for name, s in row["seconds"].items() if len(s) > 1}
+    best = min(times, key=lambda n: times[n])
+    return (
+        f"set {words(row['bits'], row['latency'])}, found {words(*row['found'])}: {row['chosen']} "
+        f"{1e3 * times[row['as']]:.0f} ms (predicted {1e3 * row['predicted'][row['as']]:.0f}), best {best} "
+        f"{1e3 * times[best]:.0f} ms"
+    )
 
 
 def settings(options: argparse.Namespace) -> list[tuple[float, float]]:
@@ -80,7 +103,7 @@ def group(model: str, shapes: list[tuple[float, float]], rounds: int, timeout: f
         found = ranks(hosts, [model, hosts.control, str(rounds), *words], timeout)
     return [
         {**row, "latency": latency, "sockets": socket}
-        for row, (_, latency), socket in zip(found, shapes, plain, strict=True)
+        for row, (_, latency), socket in zip(found, shapes, plain, strict=False)
     ]
 
 
@@ -90,11 +113,12 @@ def show(console: Console, model: str, found: list[dict[str, Any]], full: bool) 
     for row in found:
         times = {name: median(s) for name, s in row["seconds"].items() if len(s) > 1}
         best = min((n for n in times if n != "chosen"), key=lambda n: times[n])
+        own = row["as"]
         table.add_row(
             words(row["bits"], row["latency"]), words(8 * row["sockets"]["bandwidth"], row["sockets"]["latency"]),
-            words(*row["found"]), row["chosen"], f"{1e3 * times['chosen']:.0f}",
-            f"{1e3 * row['predicted']['chosen']:.0f}", best, f"{1e3 * times[best]:.0f}",
-            f"{times['chosen'] / times[best]:.3f}",
+            words(*row["found"]), row["chosen"], f"{1e3 * times[own]:.0f}",
+            f"{1e3 * row['predicted'][own]:.0f}", best, f"{1e3 * times[best]:.0f}",
+            str(ratio(*paired(row["seconds"], own, best))),
         )  # fmt: skip
     console.print(table)
     amounts = Table("plan", "on the wire, MB", "tensors, MB", "closed form, MB", title=f"{model}, sent in one step")
@@ -109,6 +133,12 @@ def show(console: Console, model: str, found: list[dict[str, Any]], full: bool) 
         for name, seconds in sorted(row["seconds"].items(), key=lambda pair: median(pair[1])):
             each.add_row(name, f"{1e3 * median(seconds):.0f}", f"{1e3 * row['predicted'].get(name, 0.0):.0f}")
         console.print(each)
+
+
+def paired(seconds: dict[str, list[float]], own: str, best: str) -> tuple[list[float], list[float]]:
+    """Of two plans the rounds in which both stepped, the last ones."""
+    count = min(len(seconds[own]), len(seconds[best]))
+    return seconds[own][-count:], seconds[best][-count:]
 
 
 def words(bits: float, latency: float) -> str:
