@@ -35,7 +35,7 @@ def test_the_plans_shown_are_plans() -> None:
 
 
 def test_the_cluster_shown_is_a_cluster() -> None:
-    (shown,) = (b for b in blocks("docs/files.md", "yaml") if not b.startswith("partita:"))
+    (shown,) = (b for b in blocks("docs/files.md", "yaml") if b.startswith("partita_cluster:"))
     assert len(cluster_file.loads(shown).devices) == 2
 
 
