@@ -17,11 +17,13 @@ from partita.errors import PlanError
 from partita.planners.labelling import Edge, Problem, solve
 from partita.planners.labelling.contract import contract
 from partita.planners.labelling.dual import bound_of, message_starts, sweep
+from partita.planners.labelling.elimination import eliminate, relabel_eliminated
 from partita.planners.labelling.flat import cost_of, flatten, load_of, priced
 from partita.planners.labelling.forest import relabel_forest
 from partita.planners.labelling.moments import memory_of
+from partita.planners.labelling.moves import eliminate_all
 from partita.planners.labelling.record import Record
-from partita.planners.labelling.region import relabel_region
+from partita.planners.labelling.region import narrowed, relabelled
 from partita.planners.labelling.search import search
 from partita.planners.labelling.solve import reduce
 
@@ -130,6 +132,28 @@ def test_a_forest_move_never_raises_the_priced_cost_and_solves_a_tree(problem: P
         assert after == min(cost_of(flat, np.array(x, dtype=np.int64)) for x in every)
 
 
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1), st.sampled_from([2, 4, 9, 1000]))
+def test_an_elimination_finds_the_best_labels_of_all_but_the_nodes_it_keeps(
+    problem: Problem, seed: int, entries: int
+) -> None:
+    core = contract(problem)
+    if core is None or not core.nodes:
+        return
+    flat = flatten(core, memory_of(problem, core))
+    rng = np.random.default_rng(seed)
+    steps = eliminate(flat, entries, rng)
+    sizes = [len(labels) for labels in core.labels]
+    assert steps.largest <= max(entries, 1)
+    assert len(steps.order) == len(sizes) or entries < math.prod(sizes)
+    labels = np.array([rng.integers(size) for size in sizes])
+    free = set(steps.order.tolist())
+    every = itertools.product(*(range(size) if i in free else (labels[i],) for i, size in enumerate(sizes)))
+    best = min(cost_of(flat, np.array(x, dtype=np.int64)) for x in every)
+    relabel_eliminated(flat, steps, flat.cost.copy(), labels, np.zeros(int(steps.table_at[-1]) + steps.largest))
+    assert cost_of(flat, labels) == best
+
+
 @settings(max_examples=25, deadline=None)
 @given(problems(), st.integers(0, 99))
 def test_search_alone_finds_the_optimum_of_small_problems_or_something_dearer_that_fits(
@@ -192,6 +216,43 @@ def test_nodes_that_follow_one_another_shrink_to_one() -> None:
     assert answer.cost == 2 * n + n - 1
 
 
+def test_a_ring_without_memory_shrinks_to_nothing_at_the_least_cost_around_it() -> None:
+    rng = np.random.default_rng(0)
+    n = 60
+    costs = tuple(rng.integers(0, 20, 4).astype(float) for _ in range(n))
+    ring = [rng.integers(0, 20, (4, 4)).astype(float) for _ in range(n)]
+    core = contract(Problem(costs, tuple(Edge(v, (v + 1) % n, cost) for v, cost in enumerate(ring))))
+    around = np.where(np.eye(4, dtype=bool), 0.0, np.inf)
+    for own, cost in zip(costs, ring, strict=True):
+        around = (around[:, :, None] + (own[:, None] + cost)[None]).min(axis=1)
+    assert core is not None
+    assert core.nodes == ()
+    assert core.constant == np.diag(around).min()
+
+
+def test_memory_that_never_binds_does_not_keep_a_node_from_being_absorbed() -> None:
+    problem = chain(30, limit=1e6)
+    reduced = reduce(problem)
+    assert reduced is not None
+    assert len(reduced[0].nodes) == len((reduce(chain(30)) or pytest.fail())[0].nodes)
+
+
+def test_labels_that_use_least_are_an_answer_in_no_time() -> None:
+    tightest = chain(60)
+    tightest = chain(60, limit=tightest.peak((3,) * 60))
+    answer = solve(tightest, seconds=0.0)
+    assert answer.labels
+    assert tightest.fits(answer.labels)
+
+
+def test_a_long_graph_that_few_nodes_hold_together_is_solved_by_elimination_alone() -> None:
+    problem = chain(400, seed=5)
+    core, flat = reduce(problem) or pytest.fail("nothing fits")
+    record = Record(flat, 30, whole_numbers=True)
+    eliminate_all(flat, record, np.random.default_rng(0))
+    assert record.closed
+
+
 def test_moments_that_hold_less_than_a_neighbour_do_not_remain() -> None:
     problem = Problem(
         costs=(np.zeros(2), np.zeros(2), np.zeros(2)),
@@ -238,9 +299,32 @@ def test_a_region_is_relabelled_to_the_best_that_the_rest_leaves_it() -> None:
     for start in worse[:: max(1, len(worse) // 5)]:
         start = start.copy()
         start[np.setdiff1d(np.arange(len(start)), free)] = chosen[np.setdiff1d(np.arange(len(start)), free)]
-        record = Record(flat, 30, whole_numbers=True)
-        relabel_region(flat, record, start, free, 30.0)
-        assert record.cost == cost_of(flat, chosen)
+        found, proven = relabelled(flat, start, free, 30.0)
+        assert proven
+        assert cost_of(flat, found) == cost_of(flat, chosen)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_narrowing_keeps_the_cost_and_the_memory_of_the_labels_left(problem: Problem, seed: int) -> None:
+    reduced = reduce(problem)
+    if reduced is None or not reduced[0].nodes:
+        return
+    flat = reduced[1]
+    rng = np.random.default_rng(seed)
+    sizes = np.diff(flat.label_at)
+    labels = np.array([rng.integers(size) for size in sizes])
+    stays = rng.random(len(flat.cost)) < 0.5
+    stays[flat.label_at[:-1] + labels] = True
+    narrow = narrowed(flat, stays)
+    kept = [np.flatnonzero(own) for own in np.split(stays, flat.label_at[1:-1])]
+    position = np.array([int(np.searchsorted(own, label)) for own, label in zip(kept, labels, strict=True)])
+    assert np.diff(narrow.label_at).tolist() == [len(own) for own in kept]
+    assert cost_of(narrow, position) == cost_of(flat, labels)
+    load, narrow_load = np.zeros(len(flat.room) + 1), np.zeros(len(flat.room) + 1)
+    load_of(flat, labels, load)
+    load_of(narrow, position, narrow_load)
+    assert load.tolist() == narrow_load.tolist()
 
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "planner-data" / "iopddl"

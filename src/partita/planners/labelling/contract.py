@@ -1,17 +1,19 @@
 """Exact reductions: nodes whose label follows from a neighbour's are absorbed, labels that cannot stand are dropped.
 
-Three rules, to a fixed point. *Arc consistency*: a label that some neighbour forbids under each of its own labels goes
+Four rules, to a fixed point. *Arc consistency*: a label that some neighbour forbids under each of its own labels goes
 (Mackworth, *Consistency in networks of relations*, 1977). *Functions*: where each label of ``a`` leaves one possible
 label of ``b``, ``b`` is absorbed by ``a`` with its costs, edges and usage. *Leaves*: a node with one neighbour is
 absorbed where, for each label of that neighbour, one of its labels is at once the cheapest and the smallest (rule RI of
-Scholz and Eckstein, *Register allocation for irregular architectures*, 2002, where memory permits it). In graphs of
-models most operations follow their operand, so that a graph of 35,000 nodes can shrink to some hundreds.
+Scholz and Eckstein, *Register allocation for irregular architectures*, 2002, where memory permits it). *Bridges*: a
+node without memory between two neighbours becomes an edge between those (their rule RII), where that holds no more
+label pairs than the two it replaces. In graphs of models most operations follow their operand, so that a graph of
+35,000 nodes can shrink to some hundreds.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,14 +25,15 @@ from partita.planners.labelling.problem import Floats, Ints, Problem
 class Core:
     """What is left of a problem: ``nodes`` (their numbers in the problem) with the ``labels`` they still may take and
     the ``costs`` of those, and ``edges`` by positions in ``nodes``. ``absorbed`` says, in the order they went, which
-    node took which label for each label of its absorber. ``settled`` nodes have a label for good, at ``constant``.
+    node took which label for each label of its absorber, or each pair of labels of its two; which label a node absorbed
+    by two takes never matters to memory. ``settled`` nodes have a label for good, at ``constant``.
     """
 
     nodes: tuple[int, ...]
     labels: tuple[Ints, ...]
     costs: tuple[Floats, ...]
     edges: tuple[tuple[int, int, Floats], ...]
-    absorbed: tuple[tuple[int, int, Ints], ...]
+    absorbed: tuple[tuple[int, tuple[int, ...], Ints], ...]
     settled: tuple[tuple[int, int], ...] = ()
     constant: float = 0.0
 
@@ -38,19 +41,22 @@ class Core:
         """The whole problem's labels from a position in ``labels`` per core node."""
         label = {node: int(own[at]) for node, own, at in zip(self.nodes, self.labels, chosen, strict=True)}
         label.update(self.settled)
-        for node, absorber, follows in reversed(self.absorbed):
-            label[node] = int(follows[label[absorber]])
+        for node, absorbers, follows in reversed(self.absorbed):
+            label[node] = int(follows[tuple(label[v] for v in absorbers)])
         return tuple(label[v] for v in range(len(label)))
 
     def followers(self) -> dict[int, tuple[int, Ints]]:
         """Per node of the problem: its core node's position and its own label for each label of that; position -1
-        for settled nodes and those that follow them, with one label.
+        for those whose usage is settled, with one label.
         """
         found = {node: (i, own) for i, (node, own) in enumerate(zip(self.nodes, self.labels, strict=True))}
         found |= {node: (-1, np.array([label])) for node, label in self.settled}
-        for node, absorber, follows in reversed(self.absorbed):
-            position, label = found[absorber]
-            found[node] = (position, follows[label])
+        for node, absorbers, follows in reversed(self.absorbed):
+            if len(absorbers) == 1:
+                position, label = found[absorbers[0]]
+                found[node] = (position, follows[label])
+            else:
+                found[node] = (-1, np.array([follows.max()]))  # possible: where no label is, it says 0
         return found
 
 
@@ -72,7 +78,7 @@ class Contraction:
         self.costs = [np.array(cost, dtype=np.float64) for cost in problem.costs]
         self.adjacent: list[dict[int, Floats]] = [{} for _ in range(n)]
         self.alive = [True] * n
-        self.absorbed: list[tuple[int, int, Ints]] = []
+        self.absorbed: list[tuple[int, tuple[int, ...], Ints]] = []
         self.settled: list[tuple[int, int]] = []
         self.constant = 0.0
         timed = problem.usages and np.isfinite(problem.limit)
@@ -99,6 +105,12 @@ class Contraction:
         """
         possible = [self._keep(v, marked) for v, marked in zip(core.nodes, kept, strict=True)]
         return all(possible)
+
+    def release(self, nodes: Iterable[int]) -> None:
+        """The usage of these nodes and of all that they absorbed exceeds no limit whatever their labels."""
+        for v in nodes:
+            self.usages[v], self.alone[v] = None, True
+            self.queue += ((other, v) for other in self.adjacent[v])
 
     def run(self) -> bool:
         """Apply the rules until none does; False where a node has no possible label left."""
@@ -163,7 +175,29 @@ class Contraction:
                     return True
                 cheapest = dominating
             self._absorb(a, b, cheapest)
+        elif len(self.adjacent[b]) == 2 and self.alone[b] and self.usages[b] is None:
+            self._bridge(b)
         return True
+
+    def _bridge(self, b: int) -> None:
+        """``b`` leaves to an edge between its two neighbours, unless that edge would be larger than its own two."""
+        (a, to_a), (c, to_c) = self.adjacent[b].items()
+        own, first, second = self.costs[b], to_a.shape[1], to_c.shape[1]
+        if c not in self.adjacent[a] and first * second > len(own) * (first + second):
+            return
+        cost, follows = np.full((first, second), np.inf), np.zeros((first, second), dtype=np.int32)
+        for x, label in enumerate(self.labels[b]):
+            through = to_a[x][:, None] + (own[x] + to_c[x])[None, :]
+            better = through < cost
+            cost[better], follows[better] = through[better], label
+        whole = np.zeros((self.sizes[a], self.sizes[c]), dtype=np.int32)
+        whole[np.ix_(self.labels[a], self.labels[c])] = follows
+        self.absorbed.append((b, (a, c), whole))
+        self.alive[b] = False
+        self.adjacent[b] = {}
+        del self.adjacent[a][b], self.adjacent[c][b]
+        self._join(a, c, cost)
+        self.queue += ((a, c), (c, a))
 
     def _absorb(self, a: int, b: int, follows: Ints) -> None:
         """``b`` leaves: it takes its label ``follows[label]`` (positions) under each label of ``a``."""
@@ -172,7 +206,7 @@ class Contraction:
         self.costs[a] = self.costs[a] + self.costs[b][follows] + between[np.arange(len(follows)), follows]
         whole = np.zeros(self.sizes[a], dtype=np.int64)
         whole[self.labels[a]] = self.labels[b][follows]
-        self.absorbed.append((b, a, whole))
+        self.absorbed.append((b, (a,), whole))
         self.alive[b] = False
         if self.usages[b] is not None or not self.alone[b]:
             self.alone[a] = False
@@ -181,9 +215,8 @@ class Contraction:
             self._join(a, other, cost[follows])
             self.queue += ((a, other), (other, a))
         self.adjacent[b] = {}
-        if len(self.adjacent[a]) == 1:
-            (other,) = self.adjacent[a]
-            self.queue.append((other, a))
+        if len(self.adjacent[a]) <= 2:
+            self.queue += ((other, a) for other in self.adjacent[a])
 
     def core(self) -> Core:
         nodes = tuple(v for v, alive in enumerate(self.alive) if alive)

@@ -1,5 +1,6 @@
 """Labels that another one of the same node beats whatever the neighbours choose (Goldstein, *Efficient rotamer
-elimination applied to protein side-chains*, Biophysical Journal 1994), here only where it never uses more memory.
+elimination applied to protein side-chains*, Biophysical Journal 1994), here only where it never uses more memory; and
+labels that take more memory than there is.
 """
 
 from __future__ import annotations
@@ -7,21 +8,47 @@ from __future__ import annotations
 import numpy as np
 
 from partita.planners.labelling.flat import Flat
-from partita.planners.labelling.kernel import kernel
+from partita.planners.labelling.kernel import COMPILED, kernel
 from partita.planners.labelling.problem import Floats
+
+COMPARISONS = 1e9 if COMPILED else 3e6  # of costs: a second or two
+
+
+def fitting(flat: Flat) -> np.ndarray:
+    """Marks, per label of every node, those that the room holds when all other nodes use as little as they can."""
+    stays = np.ones(len(flat.cost), dtype=np.bool_)
+    if not len(flat.span_begin):
+        return stays
+    ends = np.stack([flat.span_begin, flat.span_end], axis=1).ravel()
+    least = np.minimum.reduceat(np.append(flat.room, np.inf), ends)[::2]
+    for i in range(len(flat.label_at) - 1):
+        begin, end = flat.span_at[i], flat.span_at[i + 1]
+        if end > begin:
+            usage = flat.usage[flat.usage_at[i] : flat.usage_at[i + 1]].reshape(-1, end - begin)
+            stays[flat.label_at[i] : flat.label_at[i + 1]] = (usage <= least[begin:end]).all(axis=1)
+    return stays
 
 
 @kernel
-def undominated(flat: Flat) -> np.ndarray:
-    """Marks, per label of every node, those that stay; the optimum stays the same."""
+def undominated(flat: Flat, work: float) -> np.ndarray:
+    """Marks, per label of every node, those that stay; the optimum stays the same. After about ``work`` comparisons all
+    that is left stays.
+    """
     stays = np.ones(len(flat.cost), dtype=np.bool_)
     least = _least(flat)
     for i in range(len(flat.label_at) - 1):
         at, size = flat.label_at[i], flat.label_at[i + 1] - flat.label_at[i]
+        beside = flat.span_at[i + 1] - flat.span_at[i]
+        for k in range(flat.near_at[i], flat.near_at[i + 1]):
+            e = flat.near_edge[k]
+            beside += (flat.matrix_at[e + 1] - flat.matrix_at[e]) // size
+        if work < 0:
+            break
         for worse in range(size):
             for better in range(size):
                 if better == worse or not stays[at + better] or least[at + better] > least[at + worse]:
                     continue
+                work -= beside
                 if _beats(flat, stays, i, better, worse):
                     stays[at + worse] = False
                     break

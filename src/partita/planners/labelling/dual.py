@@ -104,6 +104,23 @@ def sweep(flat: Flat, message_at: Ints, messages: Floats, unary: Floats, forward
 
 
 @kernel
+def marginals(flat: Flat, message_at: Ints, messages: Floats, unary: Floats, out: Floats) -> None:
+    """What ``messages`` say of each label, into ``out``: how much dearer about the best labels with it are."""
+    most = 0
+    for i in range(len(flat.label_at) - 1):
+        most = max(most, flat.label_at[i + 1] - flat.label_at[i])
+    row = np.zeros(most)
+    out[:] = unary
+    for i in range(len(flat.label_at) - 1):
+        size = flat.label_at[i + 1] - flat.label_at[i]
+        for k in range(flat.near_at[i], flat.near_at[i + 1]):
+            e = flat.near_edge[k]
+            _pull(flat, message_at, messages, e, flat.edge_a[e] == i, row)
+            for x in range(size):
+                out[flat.label_at[i] + x] += row[x]
+
+
+@kernel
 def bound_of(flat: Flat, message_at: Ints, messages: Floats, unary: Floats) -> float:
     """The bound that ``messages`` prove on the priced costs ``unary`` and the edges (prices times room not yet off)."""
     n = len(flat.label_at) - 1

@@ -102,6 +102,17 @@ def load_of(flat: Flat, labels: Ints, load: Floats) -> None:
         load[t] = total
 
 
+def smallest(flat: Flat) -> Ints:
+    """Of each node the label that uses least, summed over time; the cheapest of several."""
+    labels = np.zeros(len(flat.label_at) - 1, dtype=np.int64)
+    for i in range(len(labels)):
+        own = flat.cost[flat.label_at[i] : flat.label_at[i + 1]]
+        at, to = flat.span_at[i], flat.span_at[i + 1]
+        usage = flat.usage[flat.usage_at[i] : flat.usage_at[i + 1]].reshape(len(own), to - at)
+        labels[i] = np.lexsort((own, usage @ (flat.span_end[at:to] - flat.span_begin[at:to])))[0]
+    return labels
+
+
 @kernel
 def priced(flat: Flat, prices: Floats, unary: Floats) -> None:
     """Node costs with usage at ``prices`` per moment, into ``unary``."""

@@ -27,6 +27,7 @@ class Record:
         self._proposed = (np.zeros(len(flat.label_at) - 1, dtype=np.int64), np.zeros(len(flat.room)))
         self._proposed_gap = math.inf
         self._proposed_used = False
+        self.marginals: Floats | None = None  # of the labels, at the prices proposed
         self._started_gap = math.inf
         self.infeasible = False
         self._whole_numbers = whole_numbers
@@ -49,12 +50,14 @@ class Record:
             self._settle()
         return True
 
-    def propose(self, labels: Ints, prices: Floats, gap: float) -> None:
+    def propose(self, labels: Ints, prices: Floats, gap: float) -> bool:
         """Keep ``labels`` to start from where their cost, excess priced, is closest to the bound at these prices."""
         with self._lock:
-            if gap < self._proposed_gap:
-                self._proposed, self._proposed_gap = (labels.copy(), prices.copy()), gap
-                self._proposed_used = False
+            if gap >= self._proposed_gap:
+                return False
+            self._proposed, self._proposed_gap = (labels.copy(), prices.copy()), gap
+            self._proposed_used = False
+            return True
 
     def start(self, rng: np.random.Generator) -> tuple[Ints, Floats]:
         """Labels and prices to descend from: the proposed ones, once; then they or the best, at shaken prices."""
@@ -67,6 +70,11 @@ class Record:
             self._proposed_used = True
             self._started_gap = self._proposed_gap
             return labels.copy(), prices.copy()
+
+    @property
+    def prices(self) -> Floats:
+        """Those proposed."""
+        return self._proposed[1]
 
     @property
     def has_better_start(self) -> bool:

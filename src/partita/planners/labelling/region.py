@@ -1,8 +1,10 @@
 """Regions of the graph relabelled exactly while the rest keeps its labels (large neighbourhood search: Shaw, CP 1998).
 
-A region grows from some nodes outwards until its edges hold a given number of label pairs; the exact program then finds
-its best labels under the memory that the rest leaves. Unlike a forest it may hold cycles, and it trades memory between
-its nodes as the limit says and not as prices do.
+A region is all labels of few nodes, or few labels of many nodes (of all: a kernel search, Angelelli, Mansini and
+Speranza, *Kernel search: a general heuristic for the multi-dimensional knapsack problem*, 2010). It grows from some
+nodes outwards until its edges hold a given number of label pairs; the exact program then finds its best labels under
+the memory that the rest leaves. Unlike a forest it may hold cycles, and it trades memory between its nodes as the limit
+says and not as prices do, which is what counts where single labels take much of the room.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from __future__ import annotations
 import numpy as np
 
 from partita.planners.labelling.exact import solve_exactly
-from partita.planners.labelling.flat import Flat, load_of
+from partita.planners.labelling.flat import Flat, load_of, priced
 from partita.planners.labelling.problem import Ints
 from partita.planners.labelling.record import Record
+
+DENSITIES = (2.0, 3.0, 5.0, 8.0, np.inf)  # labels a node that a region may choose from
 
 
 def grown(flat: Flat, pairs: int, rng: np.random.Generator) -> Ints:
@@ -86,14 +90,65 @@ def _ranges(starts: Ints, chosen: Ints) -> tuple[Ints, Ints]:
     return begins, np.arange(begins[-1]) + np.repeat(starts[chosen] - begins[:-1], sizes)
 
 
-def relabel_region(flat: Flat, record: Record, labels: Ints, free: Ints, seconds: float) -> bool:
-    """Offer ``labels``, which fit, with the best labels of ``free``; whether those were proven best in ``seconds``."""
+def likely(flat: Flat, record: Record, rng: np.random.Generator) -> np.ndarray:
+    """Marks the labels that look best, a random number of them: all, or about 2 to 8 a node. By the messages'
+    marginals, with memory at prices off by a random factor and all of it shaken.
+    """
+    density = float(rng.choice(DENSITIES))
+    said = record.marginals
+    if said is None or density * (len(flat.label_at) - 1) >= len(said):
+        return np.ones(len(flat.cost), dtype=np.bool_)
+    unary = np.zeros(len(said))
+    priced(flat, record.prices, unary)
+    said = said + (np.exp(rng.normal(0.0, 1.0)) - 1.0) * (unary - flat.cost)
+    least = np.minimum.reduceat(said, flat.label_at[:-1])
+    above = (said - np.repeat(least, np.diff(flat.label_at))) * np.exp(rng.normal(0.0, 0.5, len(said)))
+    return above <= np.partition(above, int(density * len(least)))[int(density * len(least))]
+
+
+def narrowed(flat: Flat, stays: np.ndarray) -> Flat:
+    """The problem with only the labels marked: at least one a node."""
+    sizes, spans = np.diff(flat.label_at), np.diff(flat.span_at)
+    counts = np.add.reduceat(stays.astype(np.int64), flat.label_at[:-1])
+    edge = np.repeat(np.arange(len(flat.edge_a)), np.diff(flat.matrix_at))
+    a, b = flat.edge_a[edge], flat.edge_b[edge]
+    row, column = np.divmod(np.arange(len(edge)) - flat.matrix_at[edge], sizes[b])
+    return flat._replace(
+        label_at=_starts(counts),
+        cost=flat.cost[stays],
+        matrix_at=_starts(counts[flat.edge_a] * counts[flat.edge_b]),
+        matrix=flat.matrix[stays[flat.label_at[a] + row] & stays[flat.label_at[b] + column]],
+        usage_at=_starts(counts * spans),
+        usage=flat.usage[np.repeat(stays, np.repeat(spans, sizes))],
+    )
+
+
+def _starts(sizes: Ints) -> Ints:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+
+
+def relabel_region(
+    flat: Flat, record: Record, labels: Ints, stays: np.ndarray, pairs: int, seconds: float, rng: np.random.Generator
+) -> bool:
+    """Offer ``labels``, which fit, with the best labels of a region that has about ``pairs`` label pairs left once only
+    the labels that ``stays`` marks may be taken; whether those were proven best in ``seconds``.
+    """
+    stays = stays.copy()
+    stays[flat.label_at[:-1] + labels] = True
+    narrow = narrowed(flat, stays)
+    position = (np.cumsum(stays) - 1)[flat.label_at[:-1] + labels] - narrow.label_at[:-1]
+    found, proven = relabelled(narrow, position, grown(narrow, pairs, rng), min(seconds, record.seconds_left))
+    record.offer(np.flatnonzero(stays)[narrow.label_at[:-1] + found] - flat.label_at[:-1])
+    return proven
+
+
+def relabelled(flat: Flat, labels: Ints, free: Ints, seconds: float) -> tuple[Ints, bool]:
+    """``labels``, which fit, with the best found for ``free``, and whether those are proven best."""
     part = restricted(flat, labels, free)
-    inner = Record(part, min(seconds, record.seconds_left), whole_numbers=False)
+    inner = Record(part, seconds, whole_numbers=False)
     inner.offer(labels[free])
     solve_exactly(part, inner)
+    found = labels.copy()
     if inner.labels is not None:
-        whole = labels.copy()
-        whole[free] = inner.labels
-        record.offer(whole)
-    return inner.closed
+        found[free] = inner.labels
+    return found, inner.closed

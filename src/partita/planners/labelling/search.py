@@ -7,16 +7,17 @@ alone end tens of per cent higher.
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 
-from partita.planners.labelling.dual import bound_of, message_starts, sweep
+from partita.planners.labelling.dual import bound_of, marginals, message_starts, sweep
 from partita.planners.labelling.flat import Flat, cost_of, load_of, priced
-from partita.planners.labelling.forest import relabel_forest
+from partita.planners.labelling.moves import Moves
 from partita.planners.labelling.prices import moved, peaks
 from partita.planners.labelling.problem import Floats, Ints
 from partita.planners.labelling.record import Record
-from partita.planners.labelling.region import grown, relabel_region
+from partita.planners.labelling.region import likely, relabel_region
 
 MOVES = 300  # of a descent
 NOISY_MOVES = 4
@@ -25,6 +26,7 @@ PACE = (0.05, 0.002)  # of the prices at its begin and end
 REGION_PAIRS = 20_000  # label pairs on the edges of the first region
 REGION_SECONDS = 4.0  # for a region
 PATIENCE = 10  # steps without a better bound before the prices' steps shorten
+SHORTEST = 1e-3  # step, as a share of Polyak's, at which bounds are raised no more
 
 
 def raise_bounds(flat: Flat, record: Record, until: float) -> None:
@@ -39,7 +41,9 @@ def raise_bounds(flat: Flat, record: Record, until: float) -> None:
     prices = np.zeros(len(flat.room))
     heading = np.zeros(len(prices))
     best, best_prices, stride, idle = -math.inf, prices, 0.3, 0
-    while not record.stopped and record.seconds_left > until:
+    last = 0.0  # seconds of the last turn
+    while not record.stopped and record.seconds_left > until + last:
+        begun = time.monotonic()
         priced(flat, prices, unary)
         for forward in (True, False):
             sweep(flat, message_at, messages, unary, forward, labels)
@@ -48,16 +52,22 @@ def raise_bounds(flat: Flat, record: Record, until: float) -> None:
             record.offer(labels)
         bound = float(bound_of(flat, message_at, messages, unary)) - float(prices @ flat.room)
         record.raise_bound(bound)
-        record.propose(labels, prices, float(cost_of(flat, labels)) + float(prices @ excess) - bound)
+        if record.propose(labels, prices, float(cost_of(flat, labels)) + float(prices @ excess) - bound):
+            said = np.zeros(len(unary))
+            marginals(flat, message_at, messages, unary, said)
+            record.marginals = said
         if bound > best + 1e-5 * abs(best) or not math.isfinite(best):
             idle = 0
         else:
             idle += 1
         if bound > best:
             best, best_prices = bound, prices.copy()
+        last = time.monotonic() - begun
         if idle >= PATIENCE:
             stride, idle, prices = 0.7 * stride, 0, best_prices.copy()
             heading[:] = 0.0
+            if stride < SHORTEST:
+                return
             continue
         active = prices > 0
         active[peaks(excess, active)] = True
@@ -73,19 +83,19 @@ def search(flat: Flat, record: Record, rng: np.random.Generator) -> None:
     """Descents from what is proposed, and from the best labels at shaken prices, until time ends. After one that found
     nothing better, a region of the best labels is relabelled exactly; regions grow where that is quick.
     """
-    pairs = REGION_PAIRS
+    pairs, moves = REGION_PAIRS, Moves(flat, record, rng)
     while not record.stopped:
         before = record.cost
         labels, prices = record.start(rng)
-        descend(flat, record, labels, prices, rng)
+        descend(flat, record, moves, labels, prices, rng)
         time_left = not record.stopped and record.seconds_left > 3 * REGION_SECONDS  # the program may overrun
         if record.labels is not None and record.cost >= before and time_left:
-            proven = relabel_region(flat, record, record.labels, grown(flat, pairs, rng), REGION_SECONDS)
+            proven = relabel_region(flat, record, record.labels, likely(flat, record, rng), pairs, REGION_SECONDS, rng)
             pairs = int(pairs * (1.3 if proven else 0.6))
 
 
-def descend(flat: Flat, record: Record, labels: Ints, prices: Floats, rng: np.random.Generator) -> None:
-    """Forest moves at prices that follow the excess, ever more slowly; every labelling that fits is offered. The first
+def descend(flat: Flat, record: Record, moves: Moves, labels: Ints, prices: Floats, rng: np.random.Generator) -> None:
+    """Moves at prices that follow the excess, ever more slowly; every labelling that fits is offered. The first
     moves see each label dearer by chance, by up to some nodes' share of the cost.
     """
     noise = float(rng.choice(NOISE)) * abs(float(cost_of(flat, labels))) / len(labels)
@@ -99,7 +109,7 @@ def descend(flat: Flat, record: Record, labels: Ints, prices: Floats, rng: np.ra
         priced(flat, prices, unary)
         if move < NOISY_MOVES:
             unary += rng.exponential(noise, len(unary))
-        relabel_forest(flat, unary, labels, rng.permutation(len(labels)))
+        moves.relabel(unary, labels)
         load_of(flat, labels, load)
         excess = load[:-1] - flat.room
         if not (excess > 0).any():

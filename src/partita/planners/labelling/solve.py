@@ -9,16 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from partita.planners.labelling.contract import Contraction, Core
-from partita.planners.labelling.dominance import undominated
+from partita.planners.labelling.dominance import COMPARISONS, fitting, undominated
 from partita.planners.labelling.exact import solve_exactly
-from partita.planners.labelling.flat import Flat, flatten
+from partita.planners.labelling.flat import Flat, flatten, smallest
 from partita.planners.labelling.moments import memory_of
+from partita.planners.labelling.moves import eliminate_all
 from partita.planners.labelling.problem import Labelling, Problem
 from partita.planners.labelling.record import Record
 from partita.planners.labelling.search import raise_bounds, search
 
 EXACT_PAIRS = 200_000  # label pairs on edges up to which the core goes to the mixed-integer solver as well
 BOUND_SHARE = 0.5  # of the time of one thread, for bounds
+SHRINKS = 0.98  # of the label pairs are left by a round of reductions that is followed by another
 START_SHARE = 0.03  # of the time of the other, before it descends
 
 
@@ -48,22 +50,28 @@ def reduce(problem: Problem) -> tuple[Core, Flat] | None:
     graph = Contraction(problem)
     if not graph.run():
         return None
-    for last in (False, True):
+    pairs = -1
+    while True:
         core = graph.core()
         memory = memory_of(problem, core)
         if (memory.room < 0).any():
             return None
         flat = flatten(core, memory)
-        stays = np.ones(0, dtype=np.bool_) if last else undominated(flat)
-        if stays.all():
-            break
+        if not core.nodes or (pairs >= 0 and len(flat.matrix) >= SHRINKS * pairs):
+            return core, flat
+        pairs = len(flat.matrix)
+        graph.release(v for v, spans in zip(core.nodes, memory.spans, strict=True) if not len(spans.begin))
+        stays = fitting(flat) & undominated(flat, COMPARISONS)
         if not graph.drop(core, np.split(stays, flat.label_at[1:-1])) or not graph.run():
             return None
-    return core, flat
 
 
 def _run(flat: Flat, record: Record, seed: int) -> None:
-    streams = np.random.default_rng(seed).spawn(2)
+    record.offer(smallest(flat))
+    streams = np.random.default_rng(seed).spawn(3)
+    eliminate_all(flat, record, streams[2])
+    if record.stopped:
+        return
     small = int((flat.matrix < flat.forbidden).sum()) <= EXACT_PAIRS
 
     def first() -> None:
