@@ -185,12 +185,12 @@ class Contraction:
         own, first, second = self.costs[b], to_a.shape[1], to_c.shape[1]
         if c not in self.adjacent[a] and first * second > len(own) * (first + second):
             return
-        cost, follows = np.full((first, second), np.inf), np.zeros((first, second), dtype=np.int32)
+        cost, follows = np.full((first, second), np.inf), np.zeros((first, second), dtype=np.int64)
         for x, label in enumerate(self.labels[b]):
             through = to_a[x][:, None] + (own[x] + to_c[x])[None, :]
             better = through < cost
             cost[better], follows[better] = through[better], label
-        whole = np.zeros((self.sizes[a], self.sizes[c]), dtype=np.int32)
+        whole = np.zeros((self.sizes[a], self.sizes[c]), dtype=np.int64)
         whole[np.ix_(self.labels[a], self.labels[c])] = follows
         self.absorbed.append((b, (a, c), whole))
         self.alive[b] = False

@@ -103,7 +103,8 @@ def likely(flat: Flat, record: Record, rng: np.random.Generator) -> np.ndarray:
     said = said + (np.exp(rng.normal(0.0, 1.0)) - 1.0) * (unary - flat.cost)
     least = np.minimum.reduceat(said, flat.label_at[:-1])
     above = (said - np.repeat(least, np.diff(flat.label_at))) * np.exp(rng.normal(0.0, 0.5, len(said)))
-    return above <= np.partition(above, int(density * len(least)))[int(density * len(least))]
+    count = int(density * len(least))
+    return np.asarray(above <= np.partition(above, count)[count])
 
 
 def narrowed(flat: Flat, stays: np.ndarray) -> Flat:
