@@ -24,7 +24,7 @@ from partita.planners.labelling.moments import memory_of
 from partita.planners.labelling.moves import eliminate_all
 from partita.planners.labelling.record import Record
 from partita.planners.labelling.region import narrowed, relabelled
-from partita.planners.labelling.search import search
+from partita.planners.labelling.search import first_answers, search
 from partita.planners.labelling.solve import reduce
 
 
@@ -243,6 +243,18 @@ def test_labels_that_use_least_are_an_answer_in_no_time() -> None:
     answer = solve(tightest, seconds=0.0)
     assert answer.labels
     assert tightest.fits(answer.labels)
+
+
+def test_the_first_answers_fit_a_tight_limit_at_half_the_cost_of_using_least() -> None:
+    loose = chain(60)
+    problem = chain(60, limit=1.5 * loose.peak((3,) * 60))
+    core, flat = reduce(problem) or pytest.fail("nothing fits")
+    record = Record(flat, 30, whole_numbers=True)
+    first_answers(flat, record, np.random.default_rng(0))
+    assert record.labels is not None
+    labels = core.expand(record.labels.tolist())
+    assert problem.fits(labels)
+    assert problem.cost(labels) < 0.7 * problem.cost((3,) * 60)
 
 
 def test_a_long_graph_that_few_nodes_hold_together_is_solved_by_elimination_alone() -> None:

@@ -16,7 +16,8 @@ from partita.planners.labelling.flat import Flat, load_of, priced
 from partita.planners.labelling.problem import Ints
 from partita.planners.labelling.record import Record
 
-DENSITIES = (2.0, 3.0, 5.0, 8.0, np.inf)  # labels a node that a region may choose from
+FEWEST = 2.0  # labels a node that a region may choose from, on average
+DENSITIES = (1.0, 1.0, 1.5, 2.5, np.inf)  # times as many as let a region be the whole graph
 
 
 def grown(flat: Flat, pairs: int, rng: np.random.Generator) -> Ints:
@@ -90,11 +91,11 @@ def _ranges(starts: Ints, chosen: Ints) -> tuple[Ints, Ints]:
     return begins, np.arange(begins[-1]) + np.repeat(starts[chosen] - begins[:-1], sizes)
 
 
-def likely(flat: Flat, record: Record, rng: np.random.Generator) -> np.ndarray:
-    """Marks the labels that look best, a random number of them: all, or about 2 to 8 a node. By the messages'
-    marginals, with memory at prices off by a random factor and all of it shaken.
+def likely(flat: Flat, record: Record, pairs: int, rng: np.random.Generator) -> np.ndarray:
+    """Marks the labels that look best: so few that about ``pairs`` label pairs are left, or more, or all, by chance. By
+    the messages' marginals, with memory at prices off by a random factor and all of it shaken.
     """
-    density = float(rng.choice(DENSITIES))
+    density = max(FEWEST, (pairs / max(len(flat.edge_a), 1)) ** 0.5) * float(rng.choice(DENSITIES))
     said = record.marginals
     if said is None or density * (len(flat.label_at) - 1) >= len(said):
         return np.ones(len(flat.cost), dtype=np.bool_)

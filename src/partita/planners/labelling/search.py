@@ -12,7 +12,8 @@ import time
 import numpy as np
 
 from partita.planners.labelling.dual import bound_of, marginals, message_starts, sweep
-from partita.planners.labelling.flat import Flat, cost_of, load_of, priced
+from partita.planners.labelling.flat import Flat, cost_of, load_of, priced, smallest
+from partita.planners.labelling.forest import relabel_forest
 from partita.planners.labelling.moves import Moves
 from partita.planners.labelling.prices import moved, peaks
 from partita.planners.labelling.problem import Floats, Ints
@@ -25,6 +26,7 @@ NOISE = (0.0, 0.1, 0.5, 2.0)  # of the cost per node
 PACE = (0.05, 0.002)  # of the prices at its begin and end
 REGION_PAIRS = 20_000  # label pairs on the edges of the first region
 REGION_SECONDS = 4.0  # for a region
+FIRST_MOVES = 60
 PATIENCE = 10  # steps without a better bound before the prices' steps shorten
 SHORTEST = 1e-3  # step, as a share of Polyak's, at which bounds are raised no more
 
@@ -79,6 +81,28 @@ def raise_bounds(flat: Flat, record: Record, until: float) -> None:
             prices = np.maximum(0.0, prices + stride * gap / norm * heading)
 
 
+def first_answers(flat: Flat, record: Record, rng: np.random.Generator) -> None:
+    """The labels that use least, then forest moves from there at one price for memory at all moments: halved after
+    labels that fit, raised after those that do not. Far from the best, and there after a fraction of a second.
+    """
+    labels = smallest(flat)
+    record.offer(labels)
+    load = np.zeros(len(flat.room) + 1)
+    load_of(flat, labels, load)
+    unary = np.zeros(len(flat.cost))
+    price = abs(float(cost_of(flat, labels))) / (float(flat.room.sum()) or 1.0)
+    for _ in range(FIRST_MOVES):
+        if record.stopped:
+            return
+        priced(flat, np.full(len(flat.room), price), unary)
+        relabel_forest(flat, unary, labels, rng.permutation(len(labels)))
+        load_of(flat, labels, load)
+        fits = not (load[:-1] > flat.room).any()
+        if fits:
+            record.offer(labels)
+        price *= 0.5 if fits else 1.3
+
+
 def search(flat: Flat, record: Record, rng: np.random.Generator) -> None:
     """Descents from what is proposed, and from the best labels at shaken prices, until time ends. After one that found
     nothing better, a region of the best labels is relabelled exactly; regions grow where that is quick.
@@ -90,7 +114,8 @@ def search(flat: Flat, record: Record, rng: np.random.Generator) -> None:
         descend(flat, record, moves, labels, prices, rng)
         time_left = not record.stopped and record.seconds_left > 3 * REGION_SECONDS  # the program may overrun
         if record.labels is not None and record.cost >= before and time_left:
-            proven = relabel_region(flat, record, record.labels, likely(flat, record, rng), pairs, REGION_SECONDS, rng)
+            stays = likely(flat, record, pairs, rng)
+            proven = relabel_region(flat, record, record.labels, stays, pairs, REGION_SECONDS, rng)
             pairs = int(pairs * (1.3 if proven else 0.6))
 
 

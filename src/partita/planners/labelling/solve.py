@@ -11,12 +11,12 @@ import numpy as np
 from partita.planners.labelling.contract import Contraction, Core
 from partita.planners.labelling.dominance import COMPARISONS, fitting, undominated
 from partita.planners.labelling.exact import solve_exactly
-from partita.planners.labelling.flat import Flat, flatten, smallest
+from partita.planners.labelling.flat import Flat, flatten
 from partita.planners.labelling.moments import memory_of
 from partita.planners.labelling.moves import eliminate_all
 from partita.planners.labelling.problem import Labelling, Problem
 from partita.planners.labelling.record import Record
-from partita.planners.labelling.search import raise_bounds, search
+from partita.planners.labelling.search import first_answers, raise_bounds, search
 
 EXACT_PAIRS = 200_000  # label pairs on edges up to which the core goes to the mixed-integer solver as well
 BOUND_SHARE = 0.5  # of the time of one thread, for bounds
@@ -67,8 +67,8 @@ def reduce(problem: Problem) -> tuple[Core, Flat] | None:
 
 
 def _run(flat: Flat, record: Record, seed: int) -> None:
-    record.offer(smallest(flat))
     streams = np.random.default_rng(seed).spawn(3)
+    first_answers(flat, record, streams[2])
     eliminate_all(flat, record, streams[2])
     if record.stopped:
         return
