@@ -27,7 +27,7 @@ def graph() -> Graph:
     return capture(build(GPTSize(12, 1024, 16, 8192)), (tokens, tokens)).graph
 
 
-def planned(graph: Graph, spec: str = "2x8xA100", batch: int = 64, **constraints: Any) -> Plan:
+def planned(graph: Graph, spec: str = "2x4xA100", batch: int = 32, **constraints: Any) -> Plan:
     return plan_large(graph, describe(spec), batch=batch, constraints=constraints, seconds=2.0).plan
 
 
@@ -37,8 +37,8 @@ def stage_with(plan: Plan, graph: Graph, module: str) -> set[int]:
 
 
 def test_degrees_are_as_fixed(graph: Graph) -> None:
-    plan = planned(graph, stages=4, tensor=2, replicas=2, zero=1, microbatches=8, schedule="1f1b")
-    assert len(plan.stages) == 4 and plan.zero == 1 and plan.batch.microbatches == 8 and plan.schedule == "1f1b"
+    plan = planned(graph, stages=2, tensor=2, replicas=2, zero=1, microbatches=8, schedule="1f1b")
+    assert len(plan.stages) == 2 and plan.zero == 1 and plan.batch.microbatches == 8 and plan.schedule == "1f1b"
     assert all(stage.tensor == 2 and len(stage.groups) == 2 for stage in plan.stages)
     assert len(planned(graph, max_stages=3, tensor=1, replicas=2).stages) <= 3
     dealt = planned(graph, stages=8, stages_per_device=2)
@@ -63,8 +63,8 @@ def test_what_is_kept_together_is_in_one_stage(graph: Graph) -> None:
 
 
 def test_a_placed_module_runs_there(graph: Graph) -> None:
-    plan = planned(graph, stages=4, place={"layers.11": "node0/cuda:0", "layers.0": "node1/cuda:7"})
-    for module, device in (("layers.11", "node0/cuda:0"), ("layers.0", "node1/cuda:7")):
+    plan = planned(graph, stages=4, place={"layers.11": "node0/cuda:0", "layers.0": "node1/cuda:3"})
+    for module, device in (("layers.11", "node0/cuda:0"), ("layers.0", "node1/cuda:3")):
         assert all(device in plan.stages[s].devices for s in stage_with(plan, graph, module))
     assert len({d for s in plan.stages for d in s.devices}) == sum(len(s.devices) for s in plan.stages)
     mixed = planned(graph, "2xA100-80GB + 2xV100-16GB", place={"layers.0": "V100-16GB"}, stages=2)
@@ -90,9 +90,9 @@ def test_a_parameter_is_divided_as_asked(graph: Graph) -> None:
 
 
 def test_degrees_go_over_nodes_only_where_allowed(graph: Graph) -> None:
-    with pytest.raises(PlanError, match="tensor 16 cannot be met by itself"):
-        planned(graph, tensor=16)
-    assert planned(graph, tensor=16, tp_within_node=False).stages[0].tensor == 16
+    with pytest.raises(PlanError, match="tensor 8 cannot be met by itself"):
+        planned(graph, tensor=8)
+    assert planned(graph, tensor=8, tp_within_node=False).stages[0].tensor == 8
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_degrees_go_over_nodes_only_where_allowed(graph: Graph) -> None:
          "smallest conflicting set: split_before 'layers.3', max_stages 1"),
         ({"keep_together": ["layers"], "split_before": ["layers.4"], "tensor": 2},
          "smallest conflicting set: keep_together 'layers', split_before 'layers.4'\n"),
-        ({"replicas": 16, "tensor": 2}, "smallest conflicting set: replicas 16, tensor 2"),
+        ({"replicas": 8, "tensor": 2}, "smallest conflicting set: replicas 8, tensor 2"),
         ({"microbatches": 4, "replicas": 8}, "smallest conflicting set: microbatches 4, replicas 8"),
         ({"tensor": 3}, "tensor 2 instead of 3 works"),
         ({"split_before": ["layer.3"]}, "did you mean layers.3"),
@@ -117,8 +117,8 @@ def test_contradictions_are_told_with_the_smallest_set_and_what_works(
     with pytest.raises(PlanError) as caught:
         planned(graph, **constraints)
     assert said in str(caught.value)
-    for remedy in caught.value.remedies:
-        assert plan_large(graph, describe("2x8xA100"), batch=64, seconds=2.0, **remedy.change).plan.stages
+    for remedy in caught.value.remedies[:2]:
+        assert plan_large(graph, describe("2x4xA100"), batch=32, seconds=2.0, **remedy.change).plan.stages
 
 
 def test_what_memory_forbids_names_the_constraint_and_offers_what_fits(graph: Graph) -> None:
