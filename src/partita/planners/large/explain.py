@@ -5,6 +5,7 @@ Prices of neighbours are the search's own, in closed form; ``whatif`` plans anew
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from partita.planners.large.search import Found, Search
 from partita.units import format_bytes, format_seconds
 
 OTHERS = 4
+SECONDS = 1.0  # of this process, for prices of what was not chosen
 
 
 def reasons(search: Search, found: Found, flops: float) -> tuple[str, ...]:
@@ -135,7 +137,10 @@ def _change(seconds: float | None, now: float) -> str:
 def _degrees(search: Search, best: Layout) -> list[str]:
     """For every degree, what its nearest other value would cost, and which part of the step would grow."""
     told = []
+    began = time.process_time()
     for what, other in _beside(search, best.degrees):
+        if time.process_time() - began > SECONDS:
+            break
         rows = search.rows(other)
         layout = search.pricer.price(other, rows) if rows is not None else None
         if layout is None:

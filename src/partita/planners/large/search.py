@@ -25,7 +25,7 @@ from partita.planners.large.prices import Pool, Prices
 from partita.planners.large.tensor import Form
 from partita.planners.large.units import Units
 
-SECONDS = 6.0
+SECONDS = 5.0
 MOST_SAMPLES, MIXED_SAMPLES = 256, 16
 CHUNKS = (2, 3, 4, 5, 6, 7, 8, 10, 12)
 KEPT = 40
