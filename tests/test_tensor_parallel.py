@@ -198,6 +198,48 @@ def test_a_model_of_divided_ops_gives_the_unsplit_models_numbers(
     assert shared > 0.9 * work, f"only {shared / work:.0%} of the work is divided"
 
 
+class Codebook(nn.Module):
+    """Vector quantisation whose codes move with what they were nearest to: several buffers, each read and changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.dec = nn.Linear(8, 4), nn.Linear(4, 8)
+        self.register_buffer("codes", torch.randn(16, 4))
+        self.register_buffer("count", torch.ones(16))
+        self.register_buffer("total", torch.randn(16, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.enc(x)
+        near = F.one_hot(torch.cdist(z, self.codes).argmin(-1), 16).to(z)
+        found = near @ self.codes
+        with torch.no_grad():
+            self.count.mul_(0.9).add_(near.sum(0), alpha=0.1)
+            self.total.mul_(0.9).add_(near.t() @ z, alpha=0.1)
+            self.codes.copy_(self.total / (self.count + 1e-5)[:, None])
+        out: torch.Tensor = self.dec(z + (found - z).detach())
+        return out
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_buffers_that_several_ops_change_and_read_are_changed_whole(microbatches: int) -> None:
+    model, args = Codebook(), (torch.randn(4, 8),)
+    plan = tensor_plan(model, args, 2, 1, microbatches)
+    parallel = ParallelModule(model, plan, cluster(2))
+    fresh = (torch.randn(4, 8),)
+    found = compare(observe(model, model, fresh, {}), observe(parallel, model, fresh, {}))
+    parallel.close()
+    assert found.ok, found
+
+
+def test_a_table_with_sparse_gradients_stays_whole() -> None:
+    model = nn.Sequential(nn.Embedding(12, 8, sparse=True), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    args = (torch.randint(0, 12, (4, 3)),)
+    parallel = ParallelModule(model, tensor_plan(model, args, 2, 1), cluster(2))
+    found = compare(observe(model, model, args, {}), observe(parallel, model, args, {}))
+    parallel.close()
+    assert found.ok, found
+
+
 def test_training_with_adamw_gives_the_unsplit_losses() -> None:
     torch.manual_seed(0)
     model = CharGPT(23, context=8, width=24, depth=2, heads=4)

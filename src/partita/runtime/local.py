@@ -115,11 +115,6 @@ class Local:
             grad=grad,
             record=record,
         )
-        lowered = self._divisions.get(id(program))
-        for where, (_, rank, _) in seats(program).items() if lowered is not None else ():
-            if rank and lowered is not None and lowered.division is not None:
-                clones = {n: given[n].clone() for n in lowered.division.clones if n in given}
-                state.devices[where].clones = clones
         segment, code = program.segments[0], codes[0]
         if segment.ops:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):  # the graph holds its casts
@@ -127,6 +122,11 @@ class Local:
                 outputs = code.run(state.batch, state.batch, torch.device("cpu"), *uses)
             state.once.update(zip(segment.outputs, outputs, strict=True))
             state.results.update({(n, -1): t for n, t in state.once.items() if n in state.graph.outputs})
+        lowered = self._divisions.get(id(program))  # copies are taken now: the segment above may have changed buffers
+        for where, (_, rank, _) in seats(program).items() if lowered is not None else ():
+            if rank and lowered is not None and lowered.division is not None:
+                clones = {n: given[n].clone() for n in lowered.division.clones if n in given}
+                state.devices[where].clones = clones
         return state
 
     def run(self, state: StepState, program: Program) -> None:

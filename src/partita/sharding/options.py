@@ -47,7 +47,8 @@ class Ways:
         self.graph, self.op, self.members = graph, op, members
         self.call = Call(op, graph)
         self.operands = self.call.operands()
-        self.fixed = op.random or bool(op.reads) or not self.operands
+        sparse = short(op.target) == "embedding" and bool(self.call.arg(4, False, name="sparse"))
+        self.fixed = op.random or bool(op.reads) or not self.operands or sparse  # sparse gradients have no rows to part
         self.writes = () if functional(graph, op) else op.writes
         self.reading: Reading | None = None if self.fixed else reading(graph, op)
         self.parts = None if self.fixed else pieces(self.call)
