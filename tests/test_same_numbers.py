@@ -517,3 +517,108 @@ def test_train_step_gives_the_plain_steps_loss_and_gradients(model: type[nn.Modu
         torch.testing.assert_close(got, loss, rtol=1e-5, atol=1e-6)
         for name, parameter in net.named_parameters():
             torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-4, atol=1e-6, msg=f"{case} {name}")
+
+
+# -- kinds of tensors and ops found by a survey of other people's models -----------------------------------------------
+
+
+def few(case: Case) -> bool:
+    return case.schedule == "1f1b"
+
+
+class Spectrum(nn.Module):
+    """A Fourier layer: complex weights, products written into a slice of zeros."""
+
+    def __init__(self, mix: str) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.w = nn.Parameter(torch.randn(5, dtype=torch.cfloat))
+        self.c = nn.Linear(3, 3, dtype=torch.cfloat)
+        self.last = nn.Linear(8, 2)
+        self.mix = mix
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.fft.rfft(self.inner(x))
+        if self.mix == "slice":
+            out = torch.zeros(x.shape[0], 5, dtype=torch.cfloat)
+            out[:, :3] = self.c(y[:, :3]) * self.w[:3]
+        else:
+            out = torch.cat([self.c(y[:, :3]), y[:, 3:]], 1) * self.w
+        return self.last(torch.fft.irfft(out, n=8))
+
+
+@pytest.mark.parametrize(("mix", "at"), [("slice", "c"), ("slice", ":fft_irfft"), ("cat", "last")])
+def test_complex_weights_and_values_written_into_zeros_get_their_gradients(mix: str, at: str) -> None:
+    assert_same(Spectrum(mix), (torch.randn(8, 8),), at=[at], bitwise=False, only=few)
+
+
+def test_the_gradient_of_a_put_off_complex_weight_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_complex", lambda self: False)
+    assert wrong(Spectrum("cat"), (torch.randn(8, 8),), at=["last"])
+
+
+class Sorted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+        self.b = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        h = self.b(torch.tanh(self.a(x)))
+        return {"max": h.max(-1), "top": h.topk(2), "parts": (h, None)}
+
+
+def test_results_of_max_and_topk_come_back_as_what_they_were() -> None:
+    model, x = Sorted(), torch.randn(8, 6)
+    assert_same(model, (x,), at=["b"], only=few)
+    parallel = divided(model, (x,), at=["b"])
+    assert type(parallel(x)["max"]) is torch.return_types.max
+    assert torch.equal(parallel(x)["top"].indices, model(x)["top"].indices)
+
+
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(11, 8, sparse=True)
+        self.mid = nn.Linear(8, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.mid(self.emb(ids).mean(1))
+
+
+def test_sparse_gradients_are_compared_and_stay_sparse() -> None:
+    model = Sparse()
+    assert_same(model, (ids(),), at=["mid"], bitwise=False, only=few)
+    parallel = divided(model, (ids(),), at=["mid"], microbatches=4)
+    parallel(ids()).sum().backward()
+    assert model.emb.weight.grad is not None and model.emb.weight.grad.layout == torch.sparse_coo
+
+
+class Latent(nn.Module):
+    """A variational autoencoder: distributions whose arguments follow from parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = nn.Linear(6, 8)
+        self.dec = nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, scale = self.enc(x).chunk(2, -1)
+        z = torch.distributions.Normal(mean, scale.exp())
+        return self.dec(z.rsample()), z.log_prob(torch.zeros(4))
+
+
+def test_distributions_make_a_graph_without_the_checks_of_their_arguments() -> None:
+    model, x = Latent(), torch.randn(8, 6)
+    captured = capture(model, (x,))
+    assert not captured.live and any("validate_args" in note for note in captured.graph.notes)
+    with pytest.raises(ValueError, match="Expected parameter"):
+        torch.distributions.Normal(torch.tensor(0.0), torch.tensor(-1.0))  # checks are back
+    assert_same(model, (x,), at=["dec"], only=few)
+
+
+def test_values_made_without_gradient_from_weights_cross_stages() -> None:
+    """Power iteration: views of a weight under no_grad still say that they require a gradient."""
+    norm = nn.utils.spectral_norm
+    model = nn.Sequential(norm(nn.Linear(6, 8)), nn.ReLU(), norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 2))
+    assert_same(model, (torch.randn(8, 6),), at=["2", "4"], only=few)

@@ -50,6 +50,7 @@ __all__ = [
     "safe_softmax",
     "storage_key",
     "tcp_store",
+    "unchecked_distributions",
     "version",
     "without_pre_dispatch",
     "wrapped",
@@ -149,6 +150,21 @@ def without_pre_dispatch() -> Iterator[None]:
         yield
     finally:
         torch._ops._set_mode_pre_dispatch(mode)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def unchecked_distributions() -> Iterator[None]:
+    """torch.distributions without the checks of their arguments, which look at values and raise or do nothing.
+
+    Public: ``set_default_validate_args``, but no way to ask what it was.
+    """
+    kind = torch.distributions.Distribution
+    before = kind._validate_args
+    kind.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        kind.set_default_validate_args(before)
 
 
 def has_grad_hooks(parameter: torch.Tensor) -> bool:

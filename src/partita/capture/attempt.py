@@ -89,6 +89,8 @@ class _Capture:
             trace, calls = found
             calls, shapes, batch = self.generalised(trace, calls)
         self.notes.extend(self.pieces.notes())
+        if trace.unchecked:
+            self.notes.append("torch.distributions: the checks of their arguments (validate_args) are left out")
         guards = make_guards(trace, self.inputs, self.tensors)
         self.notes.extend(f"made for these inputs: {guard}" for guard in guards)
         graph = self.graph(trace, calls, shapes, batch)

@@ -72,6 +72,7 @@ def patched(tracer: Tracer) -> Iterator[None]:
     """In this thread, module calls, autograd functions and autograd calls come by the tracer."""
     call, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
     grad, backward = torch.autograd.grad, torch.autograd.backward
+    distribution, made = torch.distributions.Distribution, torch.distributions.Distribution.__init__
     _active.tracer = tracer
 
     def mine() -> bool:
@@ -92,6 +93,10 @@ def patched(tracer: Tracer) -> Iterator[None]:
         if cls.__name__ == "CheckpointFunction" and cls.__module__ == "torch.utils.checkpoint":
             return _reentrant(tracer, *args)
         return function_piece(tracer, cls, lambda *a, **k: apply.__func__(cls, *a, **k), args, kwargs)
+
+    def make_distribution(self: Any, *args: Any, **kwargs: Any) -> None:
+        tracer.trace.unchecked |= mine()
+        made(self, *args, **kwargs)
 
     def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
         def refuse(*args: Any, **kwargs: Any) -> Any:
@@ -120,9 +125,12 @@ def patched(tracer: Tracer) -> Iterator[None]:
     nn.Module.__call__ = module_call  # type: ignore[method-assign]
     torch.autograd.Function.apply = classmethod(function_apply)  # type: ignore[method-assign,assignment]
     torch.autograd.grad, torch.autograd.backward = refusing(grad), refusing(backward)
+    distribution.__init__ = make_distribution  # type: ignore[method-assign]
     try:
-        yield
+        with tc.unchecked_distributions():
+            yield
     finally:
+        distribution.__init__ = made  # type: ignore[method-assign]
         nn.Module.__call__ = call  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
         torch.autograd.grad, torch.autograd.backward = grad, backward

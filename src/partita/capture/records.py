@@ -81,6 +81,7 @@ class Trace:
     outputs: list[str] = field(default_factory=list)
     structure: Any = None
     reads: list[Read] = field(default_factory=list)
+    unchecked: bool = False  # distributions were made, without the checks of their arguments
 
 
 def packet(target: str) -> str:

@@ -122,7 +122,9 @@ def put_together(structure: Structure, tensors: list[Any]) -> Any:
         cls = node.value[0]
         if node.kind == "sequence":
             if issubclass(cls, tuple):
-                made[number] = tuple.__new__(cls, [build(c) for c in node.children])
+                parts = [build(c) for c in node.children]
+                struct = hasattr(cls, "n_sequence_fields")  # torch.return_types: what max, sort, topk give
+                made[number] = cls(parts) if struct else tuple.__new__(cls, parts)
             else:
                 made[number] = filled = cls.__new__(cls)
                 list.extend(filled, [build(c) for c in node.children])

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
         self.taints: dict[str, frozenset[str]] = {}
         self.base_taints: dict[str, frozenset[str]] = {}
         self.alive: list[torch.Tensor] = []
+        self.sharing: dict[str, list[tuple[str, torch.Tensor]]] = {}  # base -> all that was made over its memory
         self.stand_ins: dict[int, torch.Tensor] = {}  # id of a real tensor -> its fake
         self.entered: list[tuple[torch.Tensor, torch.Tensor]] = []  # (real, fake)
         self.originals: dict[int, torch.Tensor] = {}  # id of a fake -> the real tensor
@@ -70,9 +72,10 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
         self.names[id(tensor)] = name
         self.places[_place(tensor)] = name
         self.alive.append(tensor)
+        self.sharing.setdefault(base, []).append((name, tensor))
         self.trace.values[name] = Value(name, tuple(tensor.shape), tuple(tensor.stride()),
                                         str(tensor.dtype).removeprefix("torch."), role, path, base,
-                                        tensor.requires_grad)  # fmt: skip
+                                        _flows(tensor, role))  # fmt: skip
 
     def enter(self, name: str, real: torch.Tensor, role: str, path: str) -> torch.Tensor:
         """A fake stand-in for a tensor from outside, under this name."""
@@ -96,6 +99,7 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
             elif name is not None:
                 self.names[id(tensor)] = name
                 self.alive.append(tensor)
+                self.sharing[self.trace.values[name].base].append((name, tensor))
         if name is None:
             raise self.stop(f"a tensor of shape {tuple(tensor.shape)} whose origin was not seen is used")
         return name
@@ -238,8 +242,17 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
             self.taints[output] = self.taint(used[1]) if alone else taint
         for base in writes:
             self.base_taints[base] = self.base_taints.get(base, frozenset()) | taint
+            if grad:
+                self.look_for_gradients(base)
         self.trace.calls.append(call)
         return call
+
+    def look_for_gradients(self, base: str) -> None:
+        """After a write: ``zeros`` into which something differentiable was written carries its gradient on."""
+        for name, tensor in self.sharing.get(base, ()):
+            value = self.trace.values[name]
+            if not value.needs_grad and value.role == "op" and _flows(tensor, "op"):
+                self.trace.values[name] = replace(value, needs_grad=True)
 
     def taint(self, name: str) -> frozenset[str]:
         """What a value follows from: 'input', 'parameters', 'buffer …', 'randomness', 'opaque code'."""
@@ -342,6 +355,11 @@ def _bind(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     bound.update(zip((a.name for a in func._schema.arguments), args, strict=False))
     bound.update(kwargs)
     return bound
+
+
+def _flows(tensor: torch.Tensor, role: str) -> bool:
+    """Whether a gradient flows through it: a view made under ``no_grad`` requires one, and leads nowhere."""
+    return tensor.requires_grad and (role != "op" or tensor.grad_fn is not None)
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:

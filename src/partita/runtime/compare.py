@@ -203,6 +203,7 @@ def _difference(
         present = a if a is not None else b
         zero = kind == "gradient" and present is not None and not present.any()
         return Difference(kind, name, 0.0 if zero else float("inf"), 0.0 if zero else float("inf"), zero)
+    a, b = (t.to_dense() if t.layout != torch.strided else t for t in (a, b))  # nn.Embedding(sparse=True)
     if a.shape != b.shape or a.dtype != b.dtype:
         return Difference(kind, name, float("inf"), float("inf"), False)
     if not a.is_floating_point() and not a.is_complex():

@@ -74,7 +74,7 @@ def use_queue(queue: WeightQueue | None) -> None:
 
 
 def _queue(*weights: torch.Tensor | None) -> WeightQueue | None:
-    """The thread's queue, where the weights are a device's own leaves (``mark``) and nothing casts them.
+    """The thread's queue, where the weights are a device's own real leaves (``mark``) and nothing casts them.
 
     Other leaves, activations received from another stage say, need their gradient in B, not later.
     """
@@ -82,6 +82,8 @@ def _queue(*weights: torch.Tensor | None) -> WeightQueue | None:
     if queue is None or not torch.is_grad_enabled():
         return None
     if any(w is not None and not (w.requires_grad and hasattr(w, _MARK)) for w in weights):
+        return None
+    if any(w is not None and w.is_complex() for w in weights):  # the products below do not conjugate
         return None
     return queue
 

@@ -163,6 +163,7 @@ class Worker:
             raise self.failure(index, error) from error
         if step.then and self.leads:
             self.exchange.send(step.then, ("drawn", index), None)
+        own = [value for value in arguments if value.requires_grad and value.is_leaf]
         del arguments
         kept: dict[str, Edge] = {}
         for outlet, value in zip(step.outlets, outputs, strict=True):
@@ -172,7 +173,7 @@ class Worker:
                     self.mine.values[outlet.name, microbatch] = detached
                 if outlet.result and self.leads:
                     state.results[outlet.name, microbatch] = detached
-            if state.grad and value.requires_grad:
+            if state.grad and value.requires_grad and (value.grad_fn is not None or any(value is t for t in own)):
                 kept[outlet.name] = torch.autograd.graph.get_gradient_edge(value)
         if state.grad:
             self.mine.runs[index, microbatch] = Run(leaves, kept)

@@ -282,7 +282,7 @@ def in_place(graph: Graph, ops: Iterable[Op]) -> frozenset[str]:
     for op in listed:
         for base in op.writes:
             if graph.tensor(base).role == "buffer":
-                if len(families[base]) > 1:  # alone, each member may change its own rows (running statistics)
+                if len(families.get(base, ())) > 1:  # alone, each member may change its own rows (running statistics)
                     found.add(op.name)
                 continue
             made = {o for o in op.outputs if o}
