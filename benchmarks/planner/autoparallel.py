@@ -74,7 +74,7 @@ def ours(layers: int, shape: tuple[int, ...]) -> tuple[Graph, IntraPlan, dict[st
     ended, after = time.perf_counter(), time.process_time()
     row = {
         "capture": captured - started, "plan": ended - captured, "process": after - before, "nodes": plan.nodes,
-        "step": plan.seconds, "gap": plan.gap, "state": plan.state_bytes,
+        "step": plan.seconds, "messages": plan.messages, "gap": plan.gap, "state": plan.state_bytes,
     }  # fmt: skip
     return graph, plan, row
 
@@ -98,7 +98,7 @@ def theirs(path: str, layers: int, shape: tuple[int, ...], wanted: Placed, produ
     from torch.nn.attention import SDPBackend
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from benchmarks.planner.autoparallel_problem import judge, read
+    from benchmarks.planner.autoparallel_problem import judge, read, spent
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=prod(shape))
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[: len(shape)])
@@ -130,12 +130,14 @@ def theirs(path: str, layers: int, shape: tuple[int, ...], wanted: Placed, produ
         bound_to = solve_series(asked, seconds=120)
         row["as_ours"] = judge(optimizer, problem, bound_to.labels) if bound_to.labels else float("inf")
         row["missing"] = missing
+        row["spent_as_ours"] = spent(optimizer)
         for var in optimizer.pulp_variables.values():
             var.varValue = None
         began = time.perf_counter()
         auto.optimize_placement()
         row["its_seconds"] = time.perf_counter() - began
         row["its_cost"] = float(pulp.value(optimizer.prob.objective))
+        row["spent"] = spent(optimizer)
         row["placed"] = _its_placements(optimizer, auto.sharding_placement)
     return row
 
@@ -204,7 +206,19 @@ def run(path: str, layers: int, shape: tuple[int, ...], products: bool) -> dict[
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         other = pool.apply(theirs, (path, layers, shape, placed(graph, dict(plan.held)), products))
     imposed = plan_intra_op(graph, mesh_of(shape), fixed=other["placed"])
-    return {**row, **other, "step_as_theirs": imposed.seconds}
+    return {**row, **other, "step_as_theirs": imposed.seconds, "messages_as_theirs": imposed.messages}
+
+
+def differences(ours_: dict[tuple[str, str], float], its: dict[tuple[str, str], float]) -> list[str]:
+    """Where, by its cost model, our placements cost otherwise than its own: totals, then the kinds that differ most."""
+    found = []
+    for what in ("work", "messages", "transitions"):
+        both = [sum(cost for (w, _), cost in side.items() if w == what) for side in (ours_, its)]
+        kinds = {kind: ours_.get((what, kind), 0.0) - its.get((what, kind), 0.0) for _, kind in {*ours_, *its}}
+        most = sorted(kinds.items(), key=lambda item: -abs(item[1]))[:5]
+        shown = ", ".join(f"{kind} {more:+.1f}" for kind, more in most if abs(more) > 1e-3)
+        found.append(f"{what}: {both[0]:.1f} placed as ours, {both[1]:.1f} as its own ({shown or 'alike'})")
+    return found
 
 
 def wrong(row: dict[str, Any]) -> list[str]:
@@ -256,9 +270,12 @@ def main() -> int:
                 f"{row['our_bound']:.3f}; its solver {row['its_cost']:.3f} in {row['its_seconds']:.1f} s"
             )
             print(
-                f"  weights placed as it places them, by our cost model: {row['step_as_theirs'] * 1e3:.3f} ms; as we "
-                f"place them, by its cost model: {row['as_ours']:.3f}"
+                f"  weights placed as it places them, by our cost model: {row['step_as_theirs'] * 1e3:.3f} ms "
+                f"({row['messages_as_theirs'] * 1e3:.3f} of messages, ours {row['messages'] * 1e3:.3f}); as we place "
+                f"them, by its cost model: {row['as_ours']:.3f}"
             )
+            for line in differences(row["spent_as_ours"], row["spent"]):
+                print(f"    {line}")
             for name in row["missing"]:
                 print(f"    it has no strategy for {name}; left free")
         else:

@@ -67,6 +67,20 @@ def read(optimizer: Any) -> Read:
     return Read(Problem(tuple(cost[i] for i in nodes), found), tuple(nodes), source)
 
 
+def spent(optimizer: Any) -> dict[tuple[str, str], float]:
+    """Its objective at the values of its variables: by what for (work, messages, transitions) and kind of node."""
+    found: dict[tuple[str, str], float] = defaultdict(float)
+    for key, chosen in optimizer.decision_vars.items():
+        value = float(chosen.var.varValue or 0.0) * (1 + len(optimizer._root_to_linked.get(key, [])))
+        if value:
+            node = optimizer.nodes[key[0]]
+            kind = str(getattr(node.target, "__name__", node.op)) if node.op == "call_function" else node.op
+            found["work", kind] += value * chosen.compute_cost
+            found["messages", kind] += value * chosen.comm_cost
+            found["transitions", kind] += value * chosen.sharding_transition_cost
+    return dict(found)
+
+
 def _sources(
     optimizer: Any, root: dict[int, int], place: dict[int, int]
 ) -> tuple[dict[tuple[int, int], int], set[tuple[int, int]]]:

@@ -28,6 +28,7 @@ from partita.planners.problem import Infeasible
 Json = dict[str, Any]
 DATA = Path(os.environ.get("PARTITA_PLANNER_DATA", Path(__file__).resolve().parents[3] / "shared" / "planner-data"))
 SECONDS = 60.0
+CONTIGUOUS_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,9 @@ class Answer:
     wrong: tuple[str, ...] = ()
 
 
-def contiguous(instance: Instance, began: float) -> Answer:
+def contiguous(instance: Instance, began: float, seconds: float = CONTIGUOUS_SECONDS) -> Answer:
     joined = contract(instance.placement, instance.colours)
-    return checked(instance, partition(joined), began, contiguous=True)
+    return checked(instance, partition(joined, seconds=seconds), began, contiguous=True)
 
 
 def anywhere(instance: Instance, start: Answer, seconds: float, began: float) -> Answer:
@@ -247,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.seconds > 0:
             answers["anywhere"] = anywhere(instance, answers["contiguous"], args.seconds, time.perf_counter())
         theirs = published(instance.name) if as_published else {}
-        failed |= slower(theirs.get("dp"), answers["contiguous"])
+        failed |= slower(theirs.get("dp"), answers["contiguous"]) or worse(theirs, answers)
         print(row(instance, theirs, answers), flush=True)
         for kind, answer in answers.items():
             for problem in answer.wrong:
@@ -266,6 +267,15 @@ def slower(dp: Json | None, answer: Answer) -> bool:
         return False
     load = answer.found.seconds if isinstance(answer.found, Placed) else np.inf
     return bool(load > dp["max_load"] * (1 + 1e-9) or (dp["seconds"] > 1 and answer.took > dp["seconds"]))
+
+
+def worse(theirs: Json, answers: Mapping[str, Answer]) -> bool:
+    """Whether some program of the authors found a better placement than the best one here."""
+    known = [r["max_load"] for r in theirs.values() if r.get("max_load") is not None and "warning" not in r]
+    if not known or "anywhere" not in answers:
+        return False
+    found = answers["anywhere"].found
+    return isinstance(found, Infeasible) or found.seconds > min(known) * (1 + 1e-6)
 
 
 def row(instance: Instance, theirs: Json, answers: Mapping[str, Answer]) -> str:

@@ -31,13 +31,15 @@ SPREAD = 0.2
 @dataclass(frozen=True, slots=True)
 class IntraPlan:
     """``ops``: of each op, what it divides along each axis ('' : nothing). ``held``: of each parameter and input, its
-    form at rest. ``seconds``: of a training step, with ``lower_bound`` on any plan's; ``state_bytes``: of weights,
-    gradients and optimizer state on one device. ``nodes``, ``posing``: of the problem, and seconds to write it down.
+    form at rest. ``seconds``: of a training step, with ``lower_bound`` on any plan's, and ``messages`` of them between
+    ops and from tensors at rest; ``state_bytes``: of weights, gradients and optimizer state on one device. ``nodes``,
+    ``posing``: of the problem, and seconds to write it down.
     """
 
     ops: Mapping[str, tuple[str, ...]]
     held: Mapping[str, Form]
     seconds: float
+    messages: float
     lower_bound: float
     state_bytes: float
     nodes: int
@@ -80,7 +82,9 @@ def plan_intra_op(
     }
     chosen = labels[first : first + len(posed.held)]
     held = {name: forms[label] for (name, forms), label in zip(posed.held, chosen, strict=True)}
-    return IntraPlan(ops, held, problem.cost(labels), bound, _state(posed, labels), problem.num_nodes, posing)
+    seconds = problem.cost(labels)
+    messages = seconds - sum(float(c[label]) for c, label in zip(problem.costs, labels, strict=True))
+    return IntraPlan(ops, held, seconds, messages, bound, _state(posed, labels), problem.num_nodes, posing)
 
 
 def _state(posed: Posed, labels: tuple[int, ...]) -> float:

@@ -7,17 +7,23 @@ devices only: a net that a third one touches is cut before and after.
 
 from __future__ import annotations
 
-import math
-import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from partita.planners.labelling.kernel import COMPILED, kernel
 from partita.planners.placing.problem import Placement, loads
+from partita.planners.problem import Array
 
-POWER = 8
+Ints = NDArray[np.int64]
+
 HOT, COLD = 0.3, 1e-5
-CHECK = 500
+CHECK = 20_000 if COMPILED else 200
 LARGEST = 24
+WIDE = 64
 
 
 def anneal(
@@ -27,133 +33,171 @@ def anneal(
 
     ``hot``: the first temperature; a low one stays near ``start``.
     """
-    state = _State(problem, start)
-    draw = random.Random(seed)
+    state = _State.of(problem, start)
     began = time.perf_counter()
-    best, found = max(state.load, default=0.0), tuple(start)
-    if len(state.load) < 2 or not found or best <= 0.0:
-        return found
-    scale, heat, count = best, hot, 0
+    best = np.array([state.load.max(initial=0.0)])
+    found = state.device.copy()
+    if len(state.load) < 2 or not len(found) or best[0] <= 0.0:
+        return tuple(start)
+    draws, scratch = np.array([seed % 1_000_003 + 1]), np.zeros((2, len(found)), dtype=np.int64)
+    heat = hot
     while True:
-        count += 1
-        if count % CHECK == 0:
-            passed = (time.perf_counter() - began) / seconds
-            if passed >= 1.0:
-                return found
-            heat, scale = hot * (COLD / hot) ** passed, best
-        moves = state.propose(draw)
-        if not moves:
-            continue
-        here, there = state.device[moves[0][0]], moves[0][1]
-        before = (state.load[here] / scale) ** POWER + (state.load[there] / scale) ** POWER
-        alone = len(moves) == 1
-        if alone:
-            less, more = state.change(*moves[0])
-            after = ((state.load[here] - less) / scale) ** POWER + ((state.load[there] + more) / scale) ** POWER
-        else:
-            for unit, to in moves:
-                state.move(unit, to)
-            after = (state.load[here] / scale) ** POWER + (state.load[there] / scale) ** POWER
-        if after <= before or draw.random() < math.exp((before - after) / heat):
-            if alone:
-                state.move(*moves[0])
-            highest = max(state.load)
-            if highest < best * (1 - 1e-9):
-                best, found = highest, tuple(state.device)
-        elif not alone:
-            for unit, to in moves:
-                state.move(unit, here if to == there else there)
+        _moves(
+            CHECK, heat, float(best[0]), draws, best, found, scratch, state.device, state.load, state.held,
+            state.touched, state.seconds, state.transfer, state.nbytes, state.room, state.cost, state.pins,
+            state.nets_at, state.nets_of, state.near_at, state.near_of,
+        )  # fmt: skip
+        passed = (time.perf_counter() - began) / seconds if seconds > 0 else 1.0
+        if passed >= 1.0:
+            return tuple(int(device) for device in found)
+        heat = hot * (COLD / hot) ** passed
 
 
+@dataclass(slots=True, eq=False)
 class _State:
-    """A placement and its loads, changed unit by unit."""
+    """A placement and its loads, changed unit by unit; lists of lists as (where each begins, all of them)."""
 
-    def __init__(self, problem: Placement, start: Sequence[int]) -> None:
-        kinds = problem.device_kinds
-        self.device = list(start)
-        self.seconds = [kind.seconds.tolist() for kind in kinds]
-        self.transfer = [kind.transfer for kind in kinds]
-        self.nbytes = problem.nbytes.tolist()
-        self.room = [kind.memory_bytes * (1 + 1e-12) for kind in kinds]
-        self.cost = [net.seconds for net in problem.nets]
-        self.pins = [len(net.units) for net in problem.nets]
-        self.nets: list[list[int]] = [[] for _ in range(problem.num_units)]
-        self.touched = [[0] * len(kinds) for _ in problem.nets]
-        near: list[set[int]] = [set() for _ in range(problem.num_units)]
-        for i, net in enumerate(problem.nets):
+    device: Ints
+    load: Array
+    held: Array
+    touched: Ints
+    seconds: Array
+    transfer: Array
+    nbytes: Array
+    room: Array
+    cost: Array
+    pins: Ints
+    nets_at: Ints
+    nets_of: Ints
+    near_at: Ints
+    near_of: Ints
+
+    @classmethod
+    def of(cls, problem: Placement, start: Sequence[int]) -> _State:
+        kinds, nets = problem.device_kinds, problem.nets
+        nets_of: list[list[int]] = [[] for _ in range(problem.num_units)]
+        near: list[dict[int, None]] = [{} for _ in range(problem.num_units)]
+        touched = np.zeros((len(nets), len(kinds)), dtype=np.int64)
+        for i, net in enumerate(nets):
             for unit in net.units:
-                self.nets[unit].append(i)
-                self.touched[i][self.device[unit]] += 1
-                near[unit].update(net.units)
-        self.near = [sorted(others - {unit}) for unit, others in enumerate(near)]
-        self.load = loads(problem, start).tolist()
-        self.held = [0.0] * len(kinds)
-        for unit, device in enumerate(start):
-            self.held[device] += self.nbytes[unit]
+                nets_of[unit].append(i)
+                touched[i, start[unit]] += 1
+                if len(net.units) <= WIDE:
+                    near[unit].update((other, None) for other in net.units if other != unit)
+        held = np.zeros(len(kinds))
+        np.add.at(held, np.asarray(start, dtype=np.int64), problem.nbytes)
+        return cls(
+            np.array(start, dtype=np.int64), loads(problem, start), held, touched,
+            np.array([kind.seconds for kind in kinds]), np.array([kind.transfer for kind in kinds]),
+            np.asarray(problem.nbytes, dtype=np.float64),
+            np.array([kind.memory_bytes * (1 + 1e-12) for kind in kinds]),
+            np.array([net.seconds for net in nets], dtype=np.float64),
+            np.array([len(net.units) for net in nets], dtype=np.int64),
+            *_flat(nets_of), *_flat([list(others) for others in near]),
+        )  # fmt: skip
 
-    def propose(self, draw: random.Random) -> list[tuple[int, int]]:
-        """A unit, two units changing places, or some neighbours, between two devices, that fits; empty where not."""
-        unit = int(draw.random() * len(self.device))
-        here, near = self.device[unit], self.near[unit]
-        if near and draw.random() < 0.6:
-            there = self.device[near[int(draw.random() * len(near))]]
-        else:
-            there = int(draw.random() * len(self.load))
+
+def _flat(lists: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
+    begins = np.cumsum([0, *(len(one) for one in lists)], dtype=np.int64)
+    return begins, np.array([item for one in lists for item in one], dtype=np.int64)
+
+
+@kernel
+def _draw(draws: Ints, below: int) -> int:
+    """A number from 0, by the generator of Park and Miller (1988)."""
+    draws[0] = draws[0] * 48271 % 2147483647
+    return int(draws[0] * below // 2147483647)
+
+
+@kernel
+def _move(
+    unit: int, there: int, device: Ints, load: Array, held: Array, touched: Ints, seconds: Array, transfer: Array,
+    nbytes: Array, cost: Array, pins: Ints, nets_at: Ints, nets_of: Ints,
+) -> None:  # fmt: skip
+    here = device[unit]
+    less, more = seconds[here, unit], seconds[there, unit]
+    for at in range(nets_at[unit], nets_at[unit + 1]):
+        net = nets_of[at]
+        if touched[net, here] < pins[net]:
+            less += transfer[here] * cost[net]
+        if touched[net, here] > 1:
+            less -= transfer[here] * cost[net]
+        if touched[net, there] + 1 < pins[net]:
+            more += transfer[there] * cost[net]
+        if touched[net, there] > 0:
+            more -= transfer[there] * cost[net]
+        touched[net, here] -= 1
+        touched[net, there] += 1
+    load[here] -= less
+    load[there] += more
+    held[here] -= nbytes[unit]
+    held[there] += nbytes[unit]
+    device[unit] = there
+
+
+@kernel
+def _moves(
+    count: int, heat: float, scale: float, draws: Ints, best: Array, found: Ints, scratch: Ints, device: Ints,
+    load: Array, held: Array, touched: Ints, seconds: Array, transfer: Array, nbytes: Array, room: Array, cost: Array,
+    pins: Ints, nets_at: Ints, nets_of: Ints, near_at: Ints, near_of: Ints,
+) -> None:  # fmt: skip
+    """``count`` moves at one temperature: a unit, two units changing places, or neighbours of one device together."""
+    units, devices = len(device), len(load)
+    picked, seen = scratch[0], scratch[1]
+    for _ in range(count):
+        unit = _draw(draws, units)
+        here, begin = device[unit], near_at[unit]
+        near = near_at[unit + 1] - begin
+        beside = near > 0 and _draw(draws, 10) < 6
+        there = device[near_of[begin + _draw(draws, near)]] if beside else _draw(draws, devices)
         if here == there:
-            return []
-        chance = draw.random()
-        moves = [(unit, there)]
-        if 0.7 <= chance < 0.85:
-            other = int(draw.random() * len(self.device))
-            there = self.device[other]
-            if there == here:
-                return []
-            moves = [(unit, there), (other, here)]
-        elif chance >= 0.85:
-            moves = [(one, there) for one in self._neighbours(unit, 1 + int(draw.random() * LARGEST), draw)]
-        gained = lost = 0.0
-        for one, to in moves:
-            if self.seconds[to][one] == math.inf:
-                return []
-            if to == there:
-                gained += self.nbytes[one]
-            else:
-                lost += self.nbytes[one]
-        change = gained - lost
-        fits = self.held[there] + change <= self.room[there] and self.held[here] - change <= self.room[here]
-        return moves if fits else []
-
-    def change(self, unit: int, there: int) -> tuple[float, float]:
-        """(seconds less where the unit is, seconds more ``there``)."""
-        here = self.device[unit]
-        less, more = self.seconds[here][unit], self.seconds[there][unit]
-        for net in self.nets[unit]:
-            touched, pins, cost = self.touched[net], self.pins[net], self.cost[net]
-            less += self.transfer[here] * cost * ((touched[here] < pins) - (touched[here] > 1))
-            more += self.transfer[there] * cost * ((touched[there] + 1 < pins) - (touched[there] > 0))
-        return less, more
-
-    def move(self, unit: int, there: int) -> None:
-        here = self.device[unit]
-        less, more = self.change(unit, there)
-        for net in self.nets[unit]:
-            self.touched[net][here] -= 1
-            self.touched[net][there] += 1
-        self.load[here] -= less
-        self.load[there] += more
-        self.held[here] -= self.nbytes[unit]
-        self.held[there] += self.nbytes[unit]
-        self.device[unit] = there
-
-    def _neighbours(self, unit: int, size: int, draw: random.Random) -> list[int]:
-        """Up to ``size`` units of one device, connected by nets."""
-        here = self.device[unit]
-        found, seen, border = [unit], {unit}, [unit]
-        while border and len(found) < size:
-            at = border.pop(int(draw.random() * len(border)))
-            for other in self.near[at]:
-                if other not in seen and self.device[other] == here and len(found) < size:
-                    seen.add(other)
-                    found.append(other)
-                    border.append(other)
-        return found
+            continue
+        chance = _draw(draws, 100)
+        picked[0], size, other = unit, 1, -1
+        if 70 <= chance < 85:
+            other = _draw(draws, units)
+            there = device[other]
+            if here == there:
+                continue
+        elif chance >= 85:
+            want, done = 1 + _draw(draws, LARGEST), 0
+            seen[unit] = 1
+            while done < size < want:
+                at = picked[done]
+                done += 1
+                for k in range(near_at[at], near_at[at + 1]):
+                    one = near_of[k]
+                    if size < want and not seen[one] and device[one] == here:
+                        seen[one] = 1
+                        picked[size] = one
+                        size += 1
+                if done < size:  # go on from any of those that wait
+                    swap = done + _draw(draws, size - done)
+                    picked[done], picked[swap] = picked[swap], picked[done]
+            for k in range(size):
+                seen[picked[k]] = 0
+        gained = -nbytes[other] if other >= 0 else 0.0
+        able = other < 0 or seconds[here, other] < np.inf
+        for k in range(size):
+            gained += nbytes[picked[k]]
+            able = able and seconds[there, picked[k]] < np.inf
+        if not able or held[there] + gained > room[there] or held[here] - gained > room[here]:
+            continue
+        before = (load[here] / scale) ** 8 + (load[there] / scale) ** 8
+        for k in range(size):
+            _move(
+                picked[k], there, device, load, held, touched, seconds, transfer, nbytes, cost, pins, nets_at, nets_of
+            )
+        if other >= 0:
+            _move(other, here, device, load, held, touched, seconds, transfer, nbytes, cost, pins, nets_at, nets_of)
+        after = (load[here] / scale) ** 8 + (load[there] / scale) ** 8
+        if after <= before or _draw(draws, 1 << 30) < (1 << 30) * np.exp((before - after) / heat):
+            highest = load.max()
+            if highest < best[0] * (1 - 1e-9):
+                best[0] = highest
+                found[:] = device
+            continue
+        if other >= 0:
+            _move(other, there, device, load, held, touched, seconds, transfer, nbytes, cost, pins, nets_at, nets_of)
+        for k in range(size):
+            _move(picked[k], here, device, load, held, touched, seconds, transfer, nbytes, cost, pins, nets_at, nets_of)

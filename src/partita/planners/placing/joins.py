@@ -1,20 +1,18 @@
 """Joins: units that no placement with a load up to a cap can part, so that they may be placed as one.
 
-Whoever parts two units has both devices pay for every net that they share, unless one of them pays for none; so where
-the shared nets cost more than the cap, they go together. Leaves go with their hosts where memory cannot tell.
+A device that runs one unit and not another is busy for at least a minimum cut between them; where that is over the cap
+for whoever could run them apart, they go together. Leaves go with their hosts where memory cannot tell.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 
 from partita.planners.placing.leaves import hosts
+from partita.planners.placing.parting import parted
 from partita.planners.placing.problem import Placement, components, contract
-
-WIDE = 24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,26 +41,28 @@ def joined(problem: Placement, cap: float) -> Joined:
     result = Joined(problem, tuple(range(problem.num_units)), tuple(range(problem.num_units)))
     while True:
         before = result.small.num_units
-        result = _through(result, _heavy(result.small, cap))
+        result = _through(result, _held(result.small, cap))
         if ample:
             result = _through(result, hosts(result.small))
         if result.small.num_units == before:
             return result
 
 
-def _heavy(problem: Placement, cap: float) -> tuple[int, ...]:
-    """The first unit of each group that shared nets hold together."""
-    paying = [kind.transfer for kind in problem.kinds for _ in range(kind.count) if kind.transfer > 0]
-    if len(problem.device_kinds) - len(paying) > 1 or not paying:
+def _held(problem: Placement, cap: float) -> tuple[int, ...]:
+    """The first unit of each group that no placement up to the cap parts."""
+    paying = [kind for kind in problem.kinds if kind.count and kind.transfer > 0]
+    free = [kind for kind in problem.kinds if kind.count and not kind.transfer > 0]
+    if not paying or not problem.nets or not np.isfinite(cap):
         return tuple(range(problem.num_units))
-    shared: dict[tuple[int, int], float] = {}
-    for net in problem.nets:
-        if len(net.units) <= WIDE:
-            for pair in combinations(sorted(net.units), 2):
-                shared[pair] = shared.get(pair, 0.0) + net.seconds
-        elif min(paying) * net.seconds > cap:
-            shared.update(((net.units[0], other), np.inf) for other in net.units[1:])
-    held = [pair for pair, seconds in shared.items() if min(paying) * seconds > cap * (1 + 1e-9)]
+    fast = np.min([kind.seconds for kind in paying], axis=0)
+    pairs, apart = parted(problem, np.where(np.isfinite(fast), fast, 0.0), min(kind.transfer for kind in paying))
+    most = cap * (1 + 1e-9)
+    pays = (apart <= most) & np.isfinite(fast)[pairs]  # whether a device that pays may have this one and not the other
+    idle = sum((kind.count * (kind.seconds <= most) for kind in free), np.zeros(problem.num_units))[pairs]
+    one, other = pays.T
+    parts = (one & other) | (one & (idle[:, 1] > 0)) | (other & (idle[:, 0] > 0))
+    parts |= (idle.min(axis=1, initial=np.inf) > 0) & (sum(kind.count for kind in free) > 1)
+    held = [(int(a), int(b)) for a, b in pairs[~parts]]
     found = components(problem.num_units, [*held, *((b, a) for a, b in held)])
     first: dict[int, int] = {}
     for unit, component in enumerate(found):

@@ -1,25 +1,30 @@
 """Scatter: the placement with the least maximum load, contiguous or not: search, then proof or a bound.
 
 What no placement under the load in hand can part is joined first, again whenever that load falls. What is left is
-annealed and then solved as a mixed-integer program, which also gives the bound.
+annealed; then a cover by sets of single devices gives a bound (``covering``) and sets to anneal from; what that leaves
+open is solved as a mixed-integer program.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
 from partita.planners.placing.anneal import anneal
 from partita.planners.placing.capacity import Capacity
+from partita.planners.placing.covering import Covering
 from partita.planners.placing.joins import joined
-from partita.planners.placing.problem import Placed, Placement, loads
+from partita.planners.placing.master import Column
+from partita.planners.placing.problem import Kind, Net, Placed, Placement, fits, loads
 from partita.planners.placing.program import solve_program
 from partita.planners.problem import Infeasible
 
-SEARCH = 0.3
-TEMPERATURES = (0.3, 0.01, 0.001)
+SEARCH, COVER, TURN = 0.15, 0.65, 0.2  # shares of the time: annealing, covering, covering between two annealings
+TEMPERATURES = (0.3, 0.03, 0.003) * 2
 
 
 def scatter(
@@ -44,25 +49,89 @@ def scatter(
             return Infeasible("no placement fits the devices' memory")
         if devices is None:
             return Infeasible(f"no placement was found in {seconds * SEARCH:.3g} seconds")
-    best = _seconds(problem, devices)
-    began, best = time.perf_counter(), _seconds(problem, devices)
-    for hot in TEMPERATURES:
-        if best <= bound:
-            break
-        join = joined(problem, best)
-        share = seconds * SEARCH / len(TEMPERATURES)
-        found = join.widen(anneal(join.small, join.narrow(devices), seconds=share, seed=seed, hot=hot))
-        if _seconds(problem, found) < best:
-            devices, best = found, _seconds(problem, found)
-    if best > bound:
-        join = joined(problem, best)
-        left = seconds - (time.perf_counter() - began)
-        better, proven = solve_program(join.small, join.narrow(devices), cap=best, seconds=left)
-        bound = max(bound, min(proven, best))
-        if better is not None and _seconds(problem, join.widen(better)) < best:
-            devices = join.widen(better)
-            best = _seconds(problem, devices)
-    return Placed(devices, best, min(bound, best))
+    _compiled()
+    search = _Search(problem, devices, bound, time.perf_counter(), seconds, seed)
+    search.anneal()
+    search.cover()
+    search.program()
+    return Placed(search.devices, search.best, min(search.bound, search.best))
+
+
+@cache
+def _compiled() -> None:
+    """Has the loops compiled (or read from disk), before the clock runs."""
+    tiny = Placement((Kind("", 2, np.ones(2)),), np.ones(2), (Net((0, 1), 1.0),), ())
+    anneal(tiny, (0, 0), seconds=0.0)
+    joined(tiny, 2.0)
+    covering = Covering(tiny, 2.0, 0.0)
+    covering.offer((0, 0))
+    covering.run(time.perf_counter() + 0.01)
+
+
+class _Search:
+    """The best placement so far, ``bound`` that none is below, and what betters either within ``seconds``."""
+
+    def __init__(
+        self, problem: Placement, devices: tuple[int, ...], bound: float, began: float, seconds: float, seed: int
+    ) -> None:
+        self.problem, self.devices, self.bound = problem, devices, bound
+        self.best = _seconds(problem, devices)
+        self.join = joined(problem, self.best)
+        self.began, self.seconds, self.seed = began, seconds, seed
+
+    def better(self, found: tuple[int, ...]) -> bool:
+        """Keeps a placement of the groups if it is one."""
+        devices = self.join.widen(found)
+        load = _seconds(self.problem, devices)
+        if load >= self.best or not fits(self.problem, devices):
+            return False
+        self.devices, self.best = devices, load
+        self.join = joined(self.problem, load)
+        return True
+
+    @property
+    def closed(self) -> bool:
+        return self.best <= self.bound * (1 + 1e-9)
+
+    def anneal(self) -> None:
+        for turn, hot in enumerate(TEMPERATURES):
+            if self.closed:
+                return
+            share = self.seconds * SEARCH / len(TEMPERATURES)
+            start = self.join.narrow(self.devices)
+            self.better(anneal(self.join.small, start, seconds=share, seed=self.seed + turn, hot=hot))
+
+    def cover(self) -> None:
+        """Covers and anneals in turn; a better placement begins the cover anew, with the sets that were met."""
+        end = self.began + self.seconds * (SEARCH + COVER)
+        met: list[Column] = []
+        while not self.closed and time.perf_counter() < end:
+            join = self.join
+            covering = Covering(join.small, self.best, self.bound)
+            leaders = list(join.leaders)
+            covering.offer(join.narrow(self.devices), (replace(one, units=one.units[leaders]) for one in met))
+            while not covering.done and time.perf_counter() < end:
+                covering.run(min(end, time.perf_counter() + TURN * self.seconds))
+                self.bound = max(self.bound, covering.bound)
+                packed = covering.packed()
+                if self.closed or (packed is not None and self.better(self._annealed(packed))):
+                    break
+            else:
+                return
+            met = covering.sets(join.groups)
+
+    def _annealed(self, start: tuple[int, ...]) -> tuple[int, ...]:
+        return anneal(self.join.small, start, seconds=0.02 * self.seconds, seed=self.seed, hot=TEMPERATURES[1])
+
+    def program(self) -> None:
+        left = self.began + self.seconds - time.perf_counter()
+        if self.closed or left <= 0:
+            return
+        found, proven = solve_program(self.join.small, self.join.narrow(self.devices), cap=self.best, seconds=left)
+        best = self.best
+        if found is not None:
+            self.better(found)
+        self.bound = max(self.bound, min(proven, best))
 
 
 def _seconds(problem: Placement, devices: Sequence[int]) -> float:
