@@ -23,7 +23,7 @@ from partita.planners.placing.problem import Kind, Net, Placed, Placement, fits,
 from partita.planners.placing.program import solve_program
 from partita.planners.problem import Infeasible
 
-SEARCH, COVER, TURN = 0.15, 0.65, 0.2  # shares of the time: annealing, covering, covering between two annealings
+SEARCH, COVER, TURN = 0.15, 0.5, 0.2  # shares of the time: annealing, covering, covering between two annealings
 TEMPERATURES = (0.3, 0.03, 0.003) * 2
 
 
