@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from partita import cluster_file, plan_file
+from partita.planners.constraints import Constraints
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +39,13 @@ def test_the_plans_shown_are_plans() -> None:
 def test_the_cluster_shown_is_a_cluster() -> None:
     (shown,) = (b for b in blocks("docs/files.md", "yaml") if b.startswith("partita_cluster:"))
     assert len(cluster_file.loads(shown).devices) == 2
+
+
+def test_the_constraints_shown_are_constraints() -> None:
+    shown = [b for b in blocks("docs/files.md", "yaml") if not b.startswith("partita")]
+    assert len(shown) == 2
+    for block in shown:
+        assert Constraints.read(yaml.safe_load(block)) != Constraints()
 
 
 def test_every_decision_is_listed() -> None:
