@@ -135,6 +135,7 @@ class Reducer:
         self.graph, self.sums, self.aliases, self.rows, self.device = graph, sums, aliases, rows, device
         self.done: Callable[[str], None] = lambda name: None
         self.left = dict(sums.expected)
+        self.given: set[str] = set()
         self.states = [_State(s, members(s.ranks)) for s in sums.shared]
         self.state_of = {n: state for state in self.states for n in state.shared.names}
 
@@ -169,7 +170,7 @@ class Reducer:
         size = len(shared.ranks)
         marks: list[torch.Tensor] = []
         if bucket.marks:
-            held = [float(self.grad(n) is not None) for n in shared.names]
+            held = [float(n in self.given or self.grad(n) is not None) for n in shared.names]
             marks = [torch.tensor(held, dtype=self.dtype(bucket), device=self.device)]
         if not shared.sharded:
             whole = [self.whole(n) for n in bucket.names]
@@ -195,6 +196,9 @@ class Reducer:
         return alias.grad if alias is not None and name not in self.sums.silent else None
 
     def drop(self, name: str) -> None:
+        """Give a gradient that is sent back, but not that there was one: the marks come last."""
+        if self.grad(name) is not None:
+            self.given.add(name)
         if name in self.aliases:
             self.aliases[name].grad = None
 
