@@ -126,6 +126,17 @@ class Program:
     synchronised: bool = False
     groups: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        """Of a program of one stage whose every replica runs one microbatch, the devices in order; else none.
+
+        Where they share a memory, a weight's gradient is one product over all of them (``runtime.weight_share``).
+        """
+        split = [places for s, places in zip(self.segments, self.placement, strict=True) if s.phase == "split"]
+        if len(split) != 1 or not 1 < len(self.sizes) == len(set(split[0])) or self.groups:
+            return ()
+        return split[0]
+
     def members(self, leader: str) -> tuple[str, ...]:
         """The devices of a leader's group; itself alone where it has none."""
         return dict(self.groups).get(leader, (leader,))

@@ -13,10 +13,9 @@ from partita.cluster import Cluster
 from partita.cost.memory import optimizer_factor, shares_memory
 from partita.cost.table import SegmentCost
 from partita.errors import PlanError
+from partita.inbox import Message, message, sure_releases
 from partita.program import Instruction, Program
 from partita.trace import Event, Trace
-
-Message = tuple[str, str, int, int, str, bool]
 
 
 def simulate(
@@ -51,7 +50,7 @@ class _Run:
         self.memory = _Memory(program, costs, optimizer)
 
     def go(self) -> Trace:
-        position = dict.fromkeys(self.lists, 0)
+        position = self.position = dict.fromkeys(self.lists, 0)
         moved = True
         while moved:
             moved = False
@@ -83,24 +82,26 @@ class _Run:
             end = begin + self.cluster.transfer_seconds(device, item.peer, item.nbytes)
             self.link_free[link] = end
             self.clock[device] = start + item.nbytes / self.cluster.link(device, item.peer).host_bandwidth
-            self.arrival[(device, item.peer, item.segment, item.microbatch, item.tensor, item.grad)] = end
+            self.arrival[message(device, item.peer, item)] = end
             self._event(device, item, begin, end)
             self.memory.sent(device, item)
             return True
         if item.kind == "RECV":
-            key = (item.peer, device, item.segment, item.microbatch, item.tensor, item.grad)
+            key = message(item.peer, device, item)
             if key not in self.arrival:
                 return False
             moving = item.nbytes / self.cluster.link(device, item.peer).host_bandwidth
             self.clock[device] = max(start + moving, self.arrival[key])
-            self.memory.received(device, item)
+            self.memory.received(device, item, self.position[device])
             self._event(device, item, start, self.clock[device])
             return True
         again = self.previous.get(device) == ("W", item.segment)
         self.previous[device] = (item.kind, item.segment)
         self.clock[device] = start + self._seconds(device, item, again)
         if item.kind in ("F", "B", "W"):
-            self.memory.ran(device, item, item.segment in self.splits_backward)
+            following = self.lists[device][self.position[device] + 1 :][:1]
+            ends_run = not following or following[0].kind != "W"
+            self.memory.ran(device, item, item.segment in self.splits_backward, ends_run)
         self._event(device, item, start, self.clock[device])
         return True
 
@@ -132,6 +133,8 @@ class _Run:
         size_of: dict[str, int] = {}
         for (_, device), cost in self.costs.items():
             for name, size, trains in cost.parameters:
+                if self.memory.together and name in cost.products:
+                    continue
                 if trains and device in self.clock:
                     users.setdefault(name, set()).add(device)
                     size_of[name] = size
@@ -143,6 +146,12 @@ class _Run:
         speed = sum(self.cluster.device(d).memory_bandwidth for d in self.clock)
         for device in self.clock:
             self.events.append(Event(device, "REDUCE", "REDUCE", -1, -1, start, start + moved / speed))
+
+
+def _sent(message: Message) -> tuple[str, str, int, bool]:
+    """One tensor that a device sends, to however many."""
+    device, _, _, microbatch, tensor, grad = message
+    return device, tensor, microbatch, grad
 
 
 def samples_of(program: Program, item: Instruction) -> int:
@@ -177,76 +186,98 @@ class _Memory:
         self.peak = dict(self.now)
         self.made: dict[str, set[str]] = {device: set() for device in devices}
         self.late: dict[tuple[int, str], float] = {}
-        self.waiting: dict[tuple[int, str], int] = {}
+        self.flushed: dict[str, list[Instruction]] = {device: [] for device in devices}
         self.boundary: dict[tuple[str, int], float] = {}
-        split = [s for s, segment in enumerate(program.segments) if segment.phase == "split"]
-        places = program.placement[split[0]] if len(split) == 1 else ()
-        self.together = len(set(places)) == len(program.sizes) > 1 and all(map(shares_memory, places))
-        self.leaving: dict[tuple[str, str, str], float] = {}
+        self.together = program.replicas if all(map(shares_memory, program.replicas)) else ()
+        self.releases = sure_releases(program)
+        self.leaving: dict[tuple[str, str, int, bool], set[Message]] = {}
+        self.leaving_bytes: dict[tuple[str, str, int, bool], float] = {}
 
     def _add(self, device: str, change: float, transient: float = 0.0) -> None:
         self.now[device] += change
         self.peak[device] = max(self.peak[device], self.now[device] + transient)
 
     def sent(self, device: str, item: Instruction) -> None:
-        """The gradient sent last stays until the next one goes: who gets it may still be busy. (Activations count with
-        their receiver, and here while they are saved.)
+        """What was sent stays until it has certainly been used (``inbox``): who gets it may be late. What is saved is
+        counted as that.
         """
-        if item.grad:
-            key = (device, item.peer, item.tensor)
-            self._add(device, item.nbytes - self.leaving.get(key, 0.0))
-            self.leaving[key] = item.nbytes
+        cost = self.costs.get((item.segment, device))
+        if not item.grad and cost is not None and item.tensor in cost.held:
+            return
+        going = self.leaving.setdefault(_sent(message(device, item.peer, item)), set())
+        if not going:
+            self.leaving_bytes[_sent(message(device, item.peer, item))] = item.nbytes
+            self._add(device, item.nbytes)
+        going.add(message(device, item.peer, item))
 
-    def received(self, device: str, item: Instruction) -> None:
+    def received(self, device: str, item: Instruction, position: int) -> None:
+        for gone in self.releases.get((device, position), ()):
+            going = self.leaving.get(_sent(gone), set())
+            going.discard(gone)
+            if not going and (nbytes := self.leaving_bytes.pop(_sent(gone), 0.0)):
+                self._add(device, -nbytes)
         key = (device, item.microbatch)
         self.boundary[key] = self.boundary.get(key, 0.0) + item.nbytes
         self._add(device, item.nbytes)
 
-    def ran(self, device: str, item: Instruction, splits_backward: bool) -> None:
+    def ran(self, device: str, item: Instruction, splits_backward: bool, ends_run: bool) -> None:
+        """``ends_run``: no W follows this one."""
         cost = self.costs.get((item.segment, device))
         if cost is None:
             return
         samples = samples_of(self.program, item)
-        saved, transient = cost.saved.at(samples), cost.transient.at(samples)
+        saved = cost.saved.at(samples)
         if not shares_memory(device):  # rows of what the caller made are copied here
             saved += cost.rows.at(samples)
         if item.kind == "F":
-            self._add(device, saved if self.program.train else 0.0, transient)
-            ends = not self.program.train
+            rise = max((line.at(samples) for line in cost.rises.forward), default=0.0)
+            self._add(device, saved if self.program.train else 0.0, rise)
+            if not self.program.train:
+                self._ends(device, item)
+        elif item.kind == "W":
+            self.flushed[device].append(item)
+            if ends_run:
+                self._flush(device)
         else:
-            ends = (item.kind == "W") == splits_backward
-            self._gradients(device, item, cost, samples, splits_backward, transient)
-            if item.kind == "B" and splits_backward:
-                held = max(cost.owed.at(samples), 0.0)
-                self._add(device, held - saved)
-            elif ends:
-                self._add(device, -(max(cost.owed.at(samples), 0.0) if splits_backward else saved))
-        if ends:
-            self._add(device, -self.boundary.pop((device, item.microbatch), 0.0))
+            self._gradients(device, item, cost, samples, splits_backward)
+            self._add(device, (max(cost.owed.at(samples), 0.0) if splits_backward else 0.0) - saved)
+            if not splits_backward:
+                self._ends(device, item)
+
+    def _ends(self, device: str, item: Instruction) -> None:
+        self._add(device, -self.boundary.pop((device, item.microbatch), 0.0))
+
+    def _flush(self, device: str) -> None:
+        """A run of W steps: each weight's gradient of all of them in one product, one weight after the other."""
+        items, self.flushed[device] = self.flushed[device], []
+        for segment in dict.fromkeys(i.segment for i in items):
+            mine = [i for i in items if i.segment == segment]
+            cost, samples = self.costs[segment, device], [samples_of(self.program, i) for i in mine]
+            late = self.late.pop((segment, device), 0.0)
+            first = late > 0 or not cost.later
+            rise = max((p.at(sum(samples), len(samples), first) for p in cost.rises.products), default=0.0)
+            self._add(device, 0.0, max(rise, 0.0))
+            self._add(device, late - sum(max(cost.owed.at(n), 0.0) for n in samples))
+        for item in items:
+            self._ends(device, item)
 
     def _gradients(
-        self, device: str, item: Instruction, cost: SegmentCost, samples: int, splits_backward: bool, transient: float
+        self, device: str, item: Instruction, cost: SegmentCost, samples: int, splits_backward: bool
     ) -> None:
         """What the first backward of a segment adds for good, and the peak while it comes."""
         key = (item.segment, device)
-        if item.kind == "W":
-            waiting = self.waiting.get(key, samples)
-            self.waiting[key] = waiting - samples
-            several = cost.joined.at(waiting) if waiting > samples else 0.0
-            self._add(device, self.late.pop(key, 0.0), max(transient, several))
-            return
-        if splits_backward:
-            self.waiting[key] = self.waiting.get(key, 0) + samples
         fresh = {name: size for name, size, trains in cost.parameters if trains and name not in self.made[device]}
         self.made[device].update(fresh)
         total = float(sum(fresh.values()))
         if splits_backward:
             self.late[key] = self.late.get(key, 0.0) + min(float(cost.later), total)
             total -= min(float(cost.later), total)
-        lines = cost.put_off if splits_backward else cost.climb if fresh else cost.surge
-        if self.together:  # the replica that is ahead leaves its products to be made later
-            lines = (*lines, *cost.put_off)
-        rise = max((line.at(samples) for line in lines), default=transient)
+        lines = cost.rises.put_off if splits_backward else cost.rises.first if fresh else cost.rises.later
+        if self.together:  # each product is made once, and counted with the first
+            owner = device == self.together[0]
+            lines = cost.rises.owner if owner else cost.rises.helper
+            total -= 0.0 if owner else float(sum(size for name, size in fresh.items() if name in cost.products))
+        rise = max((line.at(samples) for line in lines), default=0.0)
         self._add(device, 0.0, max(rise, 0.0))
         self.now[device] += total  # what is saved goes in the same moment
 

@@ -148,8 +148,9 @@ KEEPS_A_COPY = frozenset(
 
 
 def workspace_bytes(graph: Graph, op: Op, samples: int) -> float:
-    """What backward needs beyond tensors of the graph: a recurrent layer's workspace, a max pooling's positions, a copy
-    of what is overwritten, and as much as its result for code that cannot be looked into.
+    """What backward needs beyond tensors of the graph: a recurrent layer's workspace, a layer norm's statistics,
+    attention's sums, a max pooling's positions, a copy of what is overwritten, and as much as its result for code that
+    cannot be looked into.
     """
     name = short(op.target)
     if not op.grad or not op.outputs or not op.outputs[0]:
@@ -161,6 +162,11 @@ def workspace_bytes(graph: Graph, op: Op, samples: int) -> float:
         return float(RECURRENT[name] * layers * out.nbytes(samples))
     if name.startswith("opaque:") or (name in KEEPS_A_COPY and out.needs_grad):
         return float(out.nbytes(samples))
+    if name in ("layer_norm", "native_layer_norm"):
+        normalised = op.args[1] if len(op.args) > 1 and isinstance(op.args[1], tuple) else ()
+        return 8.0 * prod(out.shape_at(samples)[: -len(normalised) or None])
+    if family(op) == "attention" and len(out.shape) > 1:
+        return 4.0 * prod(out.shape_at(samples)[:-1])
     if name.startswith(("max_pool", "adaptive_max_pool")) and not any(op.outputs[1:]):
         return 8.0 * prod(out.shape_at(samples))
     return 0.0

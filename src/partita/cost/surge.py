@@ -7,14 +7,17 @@ run on CPU measures (benchmarks/planner/memory_limits.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from partita.cost.affine import Affine, through
+from partita.cost.affine import Affine
+from partita.cost.kept import HELD, TWICE, Lives, tensor_bytes
 from partita.cost.ops import family, short
-from partita.graph import Graph, Op
+from partita.graph import ITEMSIZE, Graph, Op, Ref
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -25,53 +28,136 @@ TAKES_PART = frozenset(
      "unfold", "contiguous", "broadcast_to"}
 )  # fmt: skip
 """Views whose backward makes a tensor as large as what they are a view of."""
-PUT_OFF = frozenset({"linear", "addmm", "embedding"})
-"""Ops whose weight gradient may be made later."""
+PUT_OFF = MappingProxyType({"linear": 1, "addmm": 2, "embedding": 0})
+"""Ops whose weight gradient may be made later, and where their weight stands."""
 
 
-def tensor_bytes(graph: Graph, name: str) -> Affine:
-    """Bytes of one tensor as a line through one sample and the graph's batch."""
-    batch = max(graph.batch, 2)
-    tensor = graph.tensor(name)
-    return through(1, tensor.nbytes(1), batch, tensor.nbytes(batch))
+LEAD = 4
+"""Products by which one of the replicas that make them together may be ahead (``runtime.weight_share``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One weight gradient of a W step, in their order. Bytes: ``used``: gone by then of what waited; ``made``: gradients
+    made, its own too; ``table``: of its own beside an earlier one; ``pair``: of its input and output gradient, copied
+    into one where they have at most ``rows`` rows a further microbatch; ``length``: rows they have.
+    """
+
+    used: Affine
+    made: float
+    table: float
+    pair: Affine
+    length: Affine
+    rows: float
+
+    def at(self, samples: int, runs: int, first: bool) -> float:
+        """Bytes more than before the W step. ``samples``: of all ``runs`` together; ``first``: of the batch's step."""
+        joins = runs > 1 and self.length.at(samples) <= self.rows * (runs - 1)
+        new = self.made if first else self.table
+        return new + (self.pair.at(samples) if joins else 0.0) - self.used.at(samples)
+
+
+@dataclass(frozen=True, slots=True)
+class Rises:
+    """Bytes above ``saved`` at the worst moments of a segment, as lines that are highest at some microbatch's size.
+
+    ``forward``: of a forward, whose ``saved`` is there already; of backwards ``first``: of one that makes the weights'
+    gradients; ``later``: of one that adds to them; ``put_off``: of one that leaves them to a W step, ``products``: of
+    that; ``owner``, ``helper``: of replicas that make each product once, the first and the others.
+    """
+
+    forward: Lines = ()
+    first: Lines = ()
+    later: Lines = ()
+    put_off: Lines = ()
+    owner: Lines = ()
+    helper: Lines = ()
+    products: tuple[Product, ...] = ()
 
 
 def parameters_of(graph: Graph, ops: Iterable[int]) -> tuple[tuple[str, int, bool], ...]:
     """(name, bytes, trains) of each parameter, buffer and constant these ops take; tied ones once."""
+    return tuple({row[0]: row for i in ops for row in parameters_of_op(graph, graph.ops[i])}.values())
+
+
+def parameters_of_op(graph: Graph, op: Op) -> tuple[tuple[str, int, bool], ...]:
+    """As ``parameters_of``, of one op."""
     found: dict[str, tuple[str, int, bool]] = {}
-    for i in ops:
-        for name in graph.ops[i].uses():
-            base = graph.tensor(name).base or name
-            tensor = graph.tensor(base)
-            if tensor.role in ("parameter", "buffer", "constant"):
-                found[base] = (
-                    base,
-                    tensor.nbytes(max(graph.batch, 1)),
-                    tensor.role == "parameter" and tensor.needs_grad,
-                )
+    for name in op.uses():
+        base = graph.tensor(name).base or name
+        tensor = graph.tensor(base)
+        if tensor.role in HELD:
+            trains = tensor.role == "parameter" and tensor.needs_grad
+            found[base] = (base, tensor.nbytes(max(graph.batch, 1)), trains)
     return tuple(found.values())
 
 
-def surges(
-    graph: Graph, index: Indices, rows: Array, recompute: Sequence[tuple[int, int]], saved: Affine
-) -> tuple[Lines, Lines, Lines]:
-    """Lines in the microbatch's size that are highest at some size, above ``saved``: of a first backward, which makes
-    the weights' gradients; of the others; of one that puts them off. ``index``: the ops; ``rows``: bytes that
-    each saves; ``recompute``: ranges of positions that run again.
+def is_apart(graph: Graph, op: Op) -> bool:
+    """Whether its weight gradient is a product of its own, straight into the gradient, where a step has several
+    microbatches (``runtime.weight_grad``)."""
+    position = PUT_OFF.get(short(op.target))
+    weight = op.args[position] if position is not None and position < len(op.args) else None
+    if not isinstance(weight, Ref) or graph.tensor(weight.name).role != "parameter":
+        return False
+    taken = op.args[0]
+    return short(op.target) != "linear" or not isinstance(taken, Ref) or len(graph.tensor(taken.name).shape) > 1
+
+
+def rises(graph: Graph, index: Indices, life: Lives, elsewhere: frozenset[str] = frozenset(), *, apart: bool) -> Rises:
+    """``index``: the ops, ``life``: of what they keep; ``apart``: weight gradients are products of their own
+    (``is_apart``): there are several microbatches. ``elsewhere``: what they make that others take.
     """
-    again, rows = np.zeros_like(rows), rows.copy()
-    for start, stop in recompute:
-        again[start:stop] = rows[start:stop].sum(axis=0)
-        rows[start:stop] = 0.0
-    total = np.array([saved.fixed, saved.per_sample])
-    enters = total - rows.sum(axis=0)
-    alive = np.cumsum(rows, axis=0) + again + enters + _gradients(graph, index) - total
-    first, later, put_off = alive.copy(), alive.copy(), alive + _put_off(graph, index)
-    made, own, own_now = _weights(graph, index)
-    first[:, 0] += made
-    later[:, 0] += own
-    put_off[:, 0] += own_now
-    return _highest(graph, first), _highest(graph, later), _highest(graph, put_off)
+    total = np.array([life.saved.fixed, life.saved.per_sample])
+    forward = _highest(graph, life.done - total)
+    alive = life.undone + _gradients(graph, index, elsewhere) - total
+    made, own, kept = _weights(graph, index, apart)
+
+    def with_fixed(rows: Array, extra: Array) -> Lines:
+        rows = rows.copy()
+        rows[:, 0] += extra
+        return _highest(graph, rows)
+
+    first, later = with_fixed(alive, made), with_fixed(alive, own)
+    if not apart:
+        return Rises(forward, first, later)
+    behind = alive + _put_off(graph, index, life.ends, LEAD)
+    return Rises(
+        forward, first, later, with_fixed(alive + _put_off(graph, index, life.ends), kept), with_fixed(behind, made),
+        with_fixed(behind, kept), _products(graph, index),
+    )  # fmt: skip
+
+
+def _products(graph: Graph, index: Indices) -> tuple[Product, ...]:
+    """The last op's first, as backward meets them. What several products take goes with the last of them."""
+    found: list[Product] = []
+    gone, made, total = Affine(), set[str](), 0.0
+    apart = [graph.ops[int(i)] for i in index if is_apart(graph, graph.ops[int(i)])]
+    for at in range(len(apart) - 1, -1, -1):
+        op = apart[at]
+        earlier = {graph.tensor(n).base or n for other in apart[:at] for n in other.uses()}
+        own, used, length = Affine(), Affine(), Affine()
+        wide: tuple[int, ...] = (0, 0)
+        for name in (*op.uses(), *(o for o in op.outputs if o)):
+            tensor = graph.tensor(name)
+            base = name if name in op.outputs else tensor.base or name
+            if tensor.role in ("op", "input"):
+                size = tensor_bytes(graph, base)
+                own = own + size
+                used = used + (size if base not in earlier else Affine())
+                if name in op.outputs:
+                    width = max(int(tensor.shape[-1]) if isinstance(tensor.shape[-1], int) else 1, 1)
+                    length = size.scaled(1.0 / (ITEMSIZE.get(tensor.dtype, 4) * width))
+            elif tensor.role == "parameter" and len(tensor.shape) == 2:
+                wide = tuple(d for d in tensor.shape if isinstance(d, int)) or wide
+        weights = [(n, size) for n, size, trains in parameters_of_op(graph, op) if trains]
+        total += float(sum(size for n, size in weights if n not in made))
+        made.update(n for n, _ in weights)
+        table = short(op.target) == "embedding"
+        beside = float(sum(size for _, size in weights)) if table else 0.0
+        rows = float("inf") if table else wide[0] * wide[-1] / max(sum(wide), 1)
+        found.append(Product(gone, total, beside, own, length, rows))
+        gone = gone + used
+    return tuple(found)
 
 
 def _highest(graph: Graph, alive: Array) -> Lines:
@@ -81,55 +167,64 @@ def _highest(graph: Graph, alive: Array) -> Lines:
     return tuple(Affine(float(alive[i, 0]), float(alive[i, 1])) for i in sorted(best))
 
 
-def _weights(graph: Graph, index: Indices) -> tuple[Array, Array, Array]:
+def _weights(graph: Graph, index: Indices, apart: bool) -> tuple[Array, Array, Array]:
     """Bytes of weights' gradients when each op has been undone: made so far by a first backward; of the op itself, on
-    their way to be added to earlier ones; of the op itself where it does not put them off.
+    their way to be added to earlier ones; made so far, but for those that are products of their own.
     """
-    made, own, own_now = np.zeros(len(index)), np.zeros(len(index)), np.zeros(len(index))
+    made, own, kept = np.zeros(len(index)), np.zeros(len(index)), np.zeros(len(index))
     last: dict[str, int] = {}
     for at in range(len(index) - 1, -1, -1):
         op = graph.ops[int(index[at])]
+        inside = apart and is_apart(graph, op)  # added to the gradient as it is made
+        table = inside and short(op.target) == "embedding"
         for name, size, trains in parameters_of(graph, (int(index[at]),)):
             if not trains:
                 continue
+            pieces = 0 if inside and not table else 1
             if name not in last:
                 last[name] = at
                 made[at] += size
-                own[at] += size
-                own_now[at] += 0 if short(op.target) in PUT_OFF else size
+                own[at] += pieces * size
+                kept[at] += 0 if inside else size
+            elif inside:
+                made[at] += pieces * size
+                made[at - 1 if at else 0] -= pieces * size if at else 0
+                last[name] = at
             else:  # used again: the pieces so far, the new one and their sum
                 own[at : last[name]] += size
                 own[at] += 2 * size
                 made[at] += 2 * size
                 made[at - 1 if at else 0] -= 2 * size if at else 0
                 last[name] = at
-    return np.cumsum(made[::-1])[::-1], own, own_now
+    return np.cumsum(made[::-1])[::-1], own, np.cumsum(kept[::-1])[::-1]
 
 
-def _put_off(graph: Graph, index: Indices) -> Array:
+def _put_off(graph: Graph, index: Indices, ends: Mapping[str, int], most: int = 0) -> Array:
     """Bytes kept for weight gradients to come, while each op is undone: the inputs and output gradients of those after
-    it. An input counts once what made it has been undone; before, it is among what is saved.
+    it (of the next ``most`` only, where it is not 0). An input counts from where it would go (``ends``); before, it is
+    among what is saved.
     """
     result = np.zeros((len(index) + 1, 2))
     made = {out: at for at, i in enumerate(index) for out in graph.ops[int(i)].outputs if out}
     seen: set[str] = set()
-    for at, i in enumerate(index):
-        op = graph.ops[int(i)]
-        if short(op.target) not in PUT_OFF:
-            continue
+    apart = [at for at, i in enumerate(index) if is_apart(graph, graph.ops[int(i)])]
+    for number, at in enumerate(apart):
+        op = graph.ops[int(index[at])]
+        until = apart[number - most] if most and number >= most else 0
         for name in (*op.uses(), *(o for o in op.outputs if o)):
             base = graph.tensor(name).base or name
-            before = at if name in op.outputs else made.get(base, 0)
+            before = at if name in op.outputs else ends.get(base, at)
             if name not in op.outputs and (base in seen or base not in made):
                 continue
             seen.add(base)
             size = tensor_bytes(graph, name if name in op.outputs else base)
-            result[before] -= (size.fixed, size.per_sample)
-            result[0] += (size.fixed, size.per_sample)
+            if until < before:
+                result[before] -= (size.fixed, size.per_sample)
+                result[until] += (size.fixed, size.per_sample)
     return np.cumsum(result[:-1], axis=0)
 
 
-def _gradients(graph: Graph, index: Indices) -> Array:
+def _gradients(graph: Graph, index: Indices, elsewhere: frozenset[str]) -> Array:
     """Bytes of the gradients alive while each op is undone.
 
     The gradient of a value lives from its last use to the op that made it. Views and sums pass theirs on as it is, so
@@ -148,6 +243,10 @@ def _gradients(graph: Graph, index: Indices) -> Array:
     for at in range(len(index) - 1, -1, -1):
         op = graph.ops[int(index[at])]
         passes = _passes_on(op)
+        if short(op.target) in TWICE and op.uses():
+            size = tensor_bytes(graph, op.uses()[0])
+            result[at] += (size.fixed, size.per_sample)
+            result[at + 1] -= (size.fixed, size.per_sample)
         for out in op.outputs:
             if out and graph.tensor(out).needs_grad and out not in shares:
                 first, last = life.get(out, (at, at))
@@ -175,6 +274,8 @@ def _gradients(graph: Graph, index: Indices) -> Array:
             result[len(index) - 1] += (3.0 * size.fixed, 3.0 * size.per_sample)
             result[len(index)] -= (3.0 * size.fixed, 3.0 * size.per_sample)
     for name, (first, last) in life.items():
+        if name in elsewhere and name in made and name not in uses:  # received, and counted as that
+            continue
         size = tensor_bytes(graph, name)
         result[first] += (size.fixed, size.per_sample)
         result[last + 1] -= (size.fixed, size.per_sample)

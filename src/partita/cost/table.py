@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partita.cluster import Cluster, Device
-from partita.cost.affine import Affine, through
+from partita.cost.affine import Affine, total
 from partita.cost.blocks import Block, profile_units
+from partita.cost.kept import Kept, kept_by_maker, lives, tensor_bytes
 from partita.cost.measured import Measured
-from partita.cost.ops import op_cost, saved_tensors, short, workspace_bytes
-from partita.cost.surge import PUT_OFF, parameters_of, surges, tensor_bytes
+from partita.cost.ops import op_cost, saved_tensors
+from partita.cost.surge import Rises, is_apart, parameters_of, rises
 from partita.graph import Graph
 from partita.program import Program
 
@@ -29,35 +30,34 @@ Indices = NDArray[np.int64]
 class SegmentCost:
     """Of a set of ops on one kind of device. Seconds and bytes for a microbatch; ``saved``: kept from F to B.
 
-    ``parameters``: (name, bytes, trains) of each parameter and buffer it takes. ``transient``: alive while it runs.
-    ``first``: seconds more that the first microbatch of a step takes. ``climb``: bytes above ``saved`` at the worst
-    moments of the first backward, when gradients come as activations go; ``surge``: of the others; ``put_off``: of one
-    that leaves its weight gradients for later.
-    ``owed``: kept between B and W where weight gradients are put off, ``joined``: of the largest op; ``later``: bytes
-    of the gradients that W makes. ``given``: what the caller holds for the whole batch and these ops use (inputs,
-    noise), which ``saved`` leaves out; ``rows``: of it, what backward needs of a microbatch.
+    ``parameters``: (name, bytes, trains) of each parameter and buffer it takes. ``held``: tensors it makes whose memory
+    stays to backward.
+    ``first``: seconds more that the first microbatch of a step takes. ``rises``: bytes above ``saved`` while it runs.
+    ``owed``: kept between B and W where weight gradients are put off; ``later``: bytes of the gradients that W makes;
+    ``products``: the parameters they are of. ``given``: what the caller holds for the whole batch and these ops use
+    (inputs, noise), which ``saved`` leaves out; ``rows``: of it, what backward needs of a microbatch.
     """
 
     forward: Affine
     backward: Affine = Affine()
     weight: Affine = Affine()
     saved: Affine = Affine()
-    transient: Affine = Affine()
+    held: frozenset[str] = frozenset()
     parameters: tuple[tuple[str, int, bool], ...] = ()
     first: Affine = Affine()
-    climb: tuple[Affine, ...] = ()
-    surge: tuple[Affine, ...] = ()
-    put_off: tuple[Affine, ...] = ()
+    rises: Rises = Rises()
     owed: Affine = Affine()
-    joined: Affine = Affine()
     later: int = 0
+    products: frozenset[str] = frozenset()
     given: tuple[tuple[str, Affine], ...] = ()
     rows: Affine = Affine()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CostTable:
-    """Arrays of shape (ops, 2): fixed and per sample. ``blocks``: the units measured, in order."""
+    """Arrays of shape (ops, 2): fixed and per sample. ``blocks``: the units measured, in order. ``kept``: what each op
+    makes that backward needs, ``saved`` its bytes. ``users``: tensor -> ops that take it.
+    """
 
     graph: Graph
     blocks: tuple[Block, ...]
@@ -65,8 +65,10 @@ class CostTable:
     backward: Mapping[str, Array]
     weight: Mapping[str, Array]
     saved: Array
+    kept: tuple[tuple[Kept, ...], ...]
     first: Mapping[str, Array]
     given: Mapping[str, Affine]
+    users: Mapping[str, tuple[int, ...]]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -90,7 +92,7 @@ def cost_table(
     weight: dict[str, Array] = {}
     first: dict[str, Array] = {}
     given = given_bytes(graph)
-    saved = _saved(graph, given)
+    kept = kept_by_maker(graph, given)
     batch = max(graph.batch, 1)
     for kind, device in devices.items():
         rows = [op_cost(graph, op, device) for op in graph.ops]
@@ -108,9 +110,14 @@ def cost_table(
             for array, value in ((f, timing.forward), (b, timing.backward), (w, timing.weight), (extra, timing.first)):
                 _share(array[where], value, batch)
             if timing.saved is not None:
-                _share(saved[where], timing.saved, batch)
+                kept[where] = _rescaled(kept[where], timing.saved, batch, block.start)
         forward[kind], backward[kind], weight[kind], first[kind] = f, b, w, extra
-    return CostTable(graph, parts, forward, backward, weight, saved, first, given)
+    saved = np.array([(s.fixed, s.per_sample) for s in (total(k.size for k in row) for row in kept)]).reshape(-1, 2)
+    users: dict[str, tuple[int, ...]] = {}
+    for i, op in enumerate(graph.ops):
+        for name in op.uses():
+            users[name] = (*users.get(name, ()), i)
+    return CostTable(graph, parts, forward, backward, weight, saved, tuple(kept), first, given, users)
 
 
 def _share(rows: Array, value: Affine, batch: int) -> None:
@@ -119,6 +126,15 @@ def _share(rows: Array, value: Affine, batch: int) -> None:
     total = now.sum()
     part = now / total if total > 0 else np.full(len(rows), 1.0 / max(len(rows), 1))
     rows[:, 0], rows[:, 1] = part * value.fixed, part * value.per_sample
+
+
+def _rescaled(rows: Sequence[tuple[Kept, ...]], value: Affine, batch: int, start: int) -> list[tuple[Kept, ...]]:
+    """The block's storages, as many bytes together as were measured."""
+    now = sum(k.size.at(batch) for row in rows for k in row)
+    if now <= 0:
+        return [(Kept("", value, (start,)),), *rows[1:]]
+    factor = value.at(batch) / now
+    return [tuple(k.scaled(factor) for k in row) for row in rows]
 
 
 def given_bytes(graph: Graph) -> dict[str, Affine]:
@@ -138,66 +154,48 @@ def given_bytes(graph: Graph) -> dict[str, Affine]:
     return found
 
 
-def _saved(graph: Graph, given: Mapping[str, Affine]) -> Array:
-    """Bytes kept for backward, with the op that makes them; what is given is left out.
-
-    A stage that receives a tensor counts it as a received one; every storage is counted once.
-    """
-    result = np.zeros((len(graph.ops), 2))
-    seen: set[str] = set()
-    for i, op in enumerate(graph.ops):
-        for name in saved_tensors(graph, op):
-            base = graph.tensor(name).base or name
-            if base in seen or base in given or graph.tensor(base).role in ("parameter", "buffer", "constant"):
-                continue
-            seen.add(base)
-            producer = graph.producer(base)
-            size = tensor_bytes(graph, base)
-            result[i if producer is None else producer] += (size.fixed, size.per_sample)
-        extra = workspace_bytes(graph, op, 1)
-        if extra:
-            batch = max(graph.batch, 2)
-            size = through(1, extra, batch, workspace_bytes(graph, op, batch))
-            result[i] += (size.fixed, size.per_sample)
-    return result
-
-
 def segment_cost(
-    table: CostTable, kind: str, ops: Sequence[int], recompute: Sequence[tuple[int, int]] = ()
+    table: CostTable,
+    kind: str,
+    ops: Sequence[int],
+    recompute: Sequence[tuple[int, int]] = (),
+    *,
+    apart: bool = False,
+    train: bool = True,
 ) -> SegmentCost:
     """Of these ops (indices). ``recompute``: ranges of positions in ``ops`` that run again in backward: their saved
-    bytes shrink to what enters the range, their forward time is paid twice.
+    bytes shrink to what enters the range, their forward time is paid twice. ``apart``: it runs for several
+    microbatches. ``train``: something is kept for backward.
     """
     graph, index = table.graph, np.asarray(ops, dtype=np.int64)
     if not len(index):
         return SegmentCost(Affine())
     forward = _sum(table.forward[kind][index])
     backward, weight = _sum(table.backward[kind][index]), _sum(table.weight[kind][index])
-    saved = _sum(table.saved[index])
     for start, stop in recompute:
-        inside = index[start:stop]
-        again = _sum(table.saved[inside])
-        made = {o for i in inside for o in graph.ops[i].outputs}
-        entering = {
-            graph.tensor(n).base or n
-            for i in inside
-            for n in graph.ops[i].uses()
-            if n not in made and graph.tensor(n).role in ("op", "input")
-        }
-        kept = sum((tensor_bytes(graph, n) for n in entering), Affine())
-        backward = backward + _sum(table.forward[kind][inside])
-        saved = saved + again.scaled(-1.0) + kept
-    largest = max(
-        (tensor_bytes(graph, o) for i in ops for o in graph.ops[i].outputs if o),
-        key=lambda a: a.at(max(graph.batch, 1)),
-        default=Affine(),
-    )
+        backward = backward + _sum(table.forward[kind][index[start:stop]])
+    life = lives(graph, [int(i) for i in ops], table.kept, recompute, train=train)
+    made = [o for i in ops for o in graph.ops[i].outputs if o]
+    held = frozenset(o for o in made if (graph.tensor(o).base or o) in life.stays)
+    inside = set(map(int, ops))
+    elsewhere = frozenset(o for o in made if not inside.issuperset(table.users.get(o, ())))
     first = _sum(table.first[kind][index])
-    owed, joined, later = _owed(graph, ops)
+    owed, later = _owed(graph, ops)
     return SegmentCost(
-        forward, backward, weight, saved, largest, parameters_of(graph, ops), first,
-        *surges(graph, index, table.saved[index], recompute, saved), owed, joined, later, *given_to(table, ops),
+        forward, backward, weight, life.saved, held, parameters_of(graph, ops), first,
+        rises(graph, index, life, elsewhere, apart=apart), owed, later, products(graph, ops),
+        *given_to(table, ops),
     )  # fmt: skip
+
+
+def products(graph: Graph, ops: Iterable[int]) -> frozenset[str]:
+    """Parameters whose gradients are products of their own and nothing else."""
+    inside: set[str] = set()
+    outside: set[str] = set()
+    for i in ops:
+        found = inside if is_apart(graph, graph.ops[i]) else outside
+        found.update(name for name, _, trains in parameters_of(graph, (i,)) if trains)
+    return frozenset(inside - outside)
 
 
 def given_to(table: CostTable, ops: Iterable[int]) -> tuple[tuple[tuple[str, Affine], ...], Affine]:
@@ -214,29 +212,24 @@ def given_to(table: CostTable, ops: Iterable[int]) -> tuple[tuple[tuple[str, Aff
     return tuple((base, table.given[base]) for base in found), rows
 
 
-def _owed(graph: Graph, ops: Sequence[int]) -> tuple[Affine, Affine, int]:
-    """Bytes of inputs and output gradients of ops whose weight gradient may be put off: of all, of the largest op
-    (which are joined for several microbatches); and of those gradients.
-    """
+def _owed(graph: Graph, ops: Sequence[int]) -> tuple[Affine, int]:
+    """Bytes of inputs and output gradients of ops whose weight gradient may be put off, and of those gradients."""
     held: dict[str, Affine] = {}
-    most, batch = Affine(), max(graph.batch, 1)
+    made = {graph.tensor(o).base or o for i in ops for o in graph.ops[i].outputs if o}
     weights: dict[str, int] = {}
     for i in ops:
         op = graph.ops[i]
-        if short(op.target) not in PUT_OFF:
+        if not is_apart(graph, op):
             continue
-        own = Affine()
         for name in (*op.uses(), *(o for o in op.outputs if o)):
             tensor = graph.tensor(name)
             base = tensor.base or name
-            if tensor.role in ("op", "input"):
+            if tensor.role == "op" and (name in op.outputs or base in made):  # what was received counts as that
                 key = base if name in op.uses() else name
                 held[key] = tensor_bytes(graph, key)
-                own = own + held[key]
             elif tensor.role == "parameter" and tensor.needs_grad:
                 weights[base] = tensor.nbytes(1)
-        most = max(most, own, key=lambda a: a.at(batch))
-    return sum(held.values(), Affine()), most, sum(weights.values())
+    return sum(held.values(), Affine()), sum(weights.values())
 
 
 def _sum(rows: Array) -> Affine:
@@ -257,6 +250,7 @@ def segment_costs(program: Program, table: CostTable, cluster: Cluster) -> dict[
             if kind is None:
                 continue
             if (s, kind) not in known:
-                known[s, kind] = segment_cost(table, kind, ops, segment.recompute)
+                apart = len(program.sizes) > 1 and segment.phase == "split"
+                known[s, kind] = segment_cost(table, kind, ops, segment.recompute, apart=apart, train=program.train)
             result[s, name] = known[s, kind]
     return result

@@ -13,8 +13,9 @@ from partita.apart import largest_unit
 from partita.cluster import Cluster, Device
 from partita.cost.affine import Affine
 from partita.cost.blocks import Block
+from partita.cost.kept import tensor_bytes
 from partita.cost.memory import optimizer_factor, shares_memory
-from partita.cost.surge import parameters_of, tensor_bytes
+from partita.cost.surge import parameters_of
 from partita.cost.table import CostTable, given_to
 from partita.graph import Graph
 from partita.planners.constraints import Constraints, Resolved

@@ -231,6 +231,7 @@ class Local:
             found = whole_gradients(lowered.division, state.program, by_device, state.parameters)
         else:
             found = {name: [grad for _, grad in grads] for name, grads in by_device.items()}
+        by_device.clear()  # a gradient goes as soon as it has been added
         shared = {n: g for n, g in found.items() if len(g) > 1}
         if len(shared) > 1 and all(g.device.type == "cpu" for gs in shared.values() for g in gs):
             self._sum_in_parallel(state, shared)

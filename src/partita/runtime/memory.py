@@ -71,9 +71,15 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        other = getattr(_here, "counted_on", None)
+        if other is not None and other is not self:
+            return other._count(func, args, kwargs, adopt=False)
+        return self._count(func, args, kwargs, adopt=self.adopt)
+
+    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, adopt: bool) -> Any:
         inputs = _tensors((args, kwargs))
         given = {id(t.untyped_storage()) for t in inputs}
-        if self.adopt:
+        if adopt:
             for tensor in inputs:
                 self._add(tensor)
         result = func(*args, **kwargs)
@@ -112,6 +118,23 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if known is not None and known[0] is ref:
                 del self._known[key]
                 self._live -= known[1]
+
+
+_here = threading.local()
+
+
+@contextmanager
+def counted_on(device: str) -> Iterator[None]:
+    """What this thread makes meanwhile counts as that device's, where memory is being measured."""
+    meters = getattr(_here, "meters", None)
+    if meters is None or device not in meters:
+        yield
+        return
+    _here.counted_on = meters[device]
+    try:
+        yield
+    finally:
+        _here.counted_on = None
 
 
 def storage_bytes(values: Iterable[torch.Tensor]) -> int:
@@ -196,7 +219,7 @@ def _metered(parallel: ParallelModule, meters: Mapping[str, MemoryMeter]) -> Ite
     ordinary = team.run
 
     def run(jobs: Mapping[str, Callable[[], None]], stop: Callable[[], None]) -> None:
-        ordinary({device: _under(meters.get(device), job) for device, job in jobs.items()}, stop)
+        ordinary({device: _under(meters, device, job) for device, job in jobs.items()}, stop)
 
     team.run = run  # type: ignore[method-assign]
     try:
@@ -205,13 +228,17 @@ def _metered(parallel: ParallelModule, meters: Mapping[str, MemoryMeter]) -> Ite
         del team.run
 
 
-def _under(meter: MemoryMeter | None, job: Callable[[], None]) -> Callable[[], None]:
+def _under(meters: Mapping[str, MemoryMeter], device: str, job: Callable[[], None]) -> Callable[[], None]:
     def metered() -> None:
-        if meter is None:
-            job()
-        else:
-            with meter:
+        if device not in meters:
+            return job()
+        _here.meters = meters
+        try:
+            with meters[device]:
                 job()
+        finally:
+            _here.meters = None
+        return None
 
     return metered
 

@@ -61,8 +61,10 @@ class WeightQueue:
             for what, (make, pairs) in self._held.pop(key, {}).items():
                 joined.setdefault(what, (make, []))[1].extend(pairs)
         with torch.no_grad():
-            for make, pairs in joined.values():
+            for what in list(joined):  # what a product has used goes before the next
+                make, pairs = joined.pop(what)
                 make(pairs)
+                del pairs
 
 
 _current = threading.local()
@@ -208,9 +210,9 @@ class _Embedding(torch.autograd.Function):
         leaf, padding = ctx.leaf, ctx.padding
 
         def make(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-            rows = torch.cat([i.reshape(-1) for i, _ in pairs])
-            gs = torch.cat([g.reshape(-1, g.shape[-1]) for _, g in pairs])
-            dense = torch.ops.aten.embedding_dense_backward(gs, rows, leaf.shape[0], padding, False)
+            rows, gs = [i.reshape(-1) for i, _ in pairs], [g.reshape(-1, g.shape[-1]) for _, g in pairs]
+            index, grad = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (rows, gs))
+            dense = torch.ops.aten.embedding_dense_backward(grad, index, leaf.shape[0], padding, False)
             _add(leaf, dense)
 
         ctx.queue.add(("embedding", id(leaf), padding), leaf, make, index, grads[0])

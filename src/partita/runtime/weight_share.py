@@ -6,7 +6,8 @@
 Replicas that each make their own gradient write it twice and read both again to add them, and a device that a neighbour
 slows down holds up the step. Here a weight's gradient is written by the products alone and exists once, and the
 products go to the device that has time. Pairs are joined in the order of the microbatches, so the bits do not depend on
-who made them; nobody waits before the end of his backward.
+who made them. Nobody gets more than ``LEAD`` products ahead: what he hands in is kept until the slowest has handed in
+the same, and then it can be made. A gradient is accounted to the first replica, whoever makes it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
+from partita.cost.surge import LEAD
 from partita.graph import Graph, Ref
 from partita.program import Program
+from partita.runtime.memory import counted_on
 from partita.runtime.transport import Stopped
 from partita.runtime.weight_grad import WEIGHT_ARGUMENT
 
@@ -36,20 +39,16 @@ class Sharing:
 
 def sharing(graph: Graph, program: Program) -> Sharing | None:
     """What replicas can make together, where the program is one stage whose every replica runs one microbatch."""
-    split = [i for i, s in enumerate(program.segments) if s.phase == "split"]
-    if len(split) != 1 or len(program.sizes) < 2 or not program.train:
+    if not program.replicas or not program.train:
         return None
-    places = program.placement[split[0]]
-    if len(set(places)) != len(program.sizes):
-        return None
-    inside = set(program.segments[split[0]].ops)
+    inside = next(set(s.ops) for s in program.segments if s.phase == "split")
     uses: dict[str, int] = {}
     for op in graph.ops:
         position = WEIGHT_ARGUMENT.get(op.target)
         argument = op.args[position] if position is not None and op.name in inside else None
         if isinstance(argument, Ref) and graph.tensor(argument.name).role == "parameter":
             uses[argument.name] = uses.get(argument.name, 0) + 1
-    return Sharing(uses, places)
+    return Sharing(uses, program.replicas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +79,8 @@ class Meeting:
             self._done[device] += 1
             waiting = self._owed.setdefault(name, [])
             waiting.append(owed)
+            if self._done[device] == min(self._done.values()):
+                self._changed.notify_all()
             if len(waiting) == self.sharing.uses[name] * len(self.sharing.replicas):
                 self._ready.append(self._owed.pop(name))
                 self._changed.notify_all()
@@ -94,13 +95,25 @@ class Meeting:
                 owed = self._ready.popleft()
             self._make(device, owed)
 
+    def keep_near(self, device: str) -> None:
+        """Wait while this device is far ahead, making what comes to be ready."""
+        while True:
+            with self._changed:
+                if self._done[device] - min(self._done.values()) <= LEAD:
+                    return
+                if self._stopped():
+                    raise Stopped
+                if not self._ready:
+                    self._changed.wait(0.2)
+            self.make_ready(device)
+
     def _make(self, device: str, owed: list[_Owed]) -> None:
         owed.sort(key=lambda o: (o.replica, o.number))
         own = self.sharing.replicas.index(device)
         for kind in dict.fromkeys(o.kind for o in owed):
             same = [o for o in owed if o.kind == kind]
             make = next((o.make for o in same if o.replica == own), same[0].make)
-            with torch.no_grad():
+            with torch.no_grad(), counted_on(self.sharing.replicas[0]):
                 make([(o.x, o.grad) for o in same])
 
     def end(self, device: str) -> None:
@@ -139,6 +152,7 @@ class Shared:
         self._number += 1
         self.meeting.put(self.device, name, _Owed(self._replica, self._number, kind, make, x, grad))
         self.meeting.make_ready(self.device)
+        self.meeting.keep_near(self.device)
 
     def end(self) -> None:
         self.meeting.end(self.device)
