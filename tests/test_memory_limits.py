@@ -64,12 +64,9 @@ def test_the_predicted_peak_is_measured_within_a_few_per_cent(model: type, x: tu
         found = [measure_memory(parallel, (example, torch.zeros(()))) for _ in range(4)]
     finally:
         parallel.close()
-    for (
-        device,
-        need,
-    ) in expected.items():  # how many messages wait at once is the machine's doing: the usual step counts
+    for device, need in expected.items():
         peaks = [step[device] for step in found]
-        assert max(peaks) >= 0.4 * need and min(peaks) <= 1.25 * need, (device, expected, found)
+        assert 0.9 * need <= max(peaks) <= 1.02 * need, (device, expected, found)
 
 
 @pytest.mark.zoo

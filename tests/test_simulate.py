@@ -10,11 +10,13 @@ from planning_graphs import cluster, mlp
 from partita.cluster import Cluster, Link
 from partita.cost.affine import Affine
 from partita.cost.pipeline import StageTime, step_seconds
+from partita.cost.surge import Rises
 from partita.cost.table import SegmentCost, cost_table, segment_costs
 from partita.errors import PlanError
+from partita.inbox import sure_releases
 from partita.lower import lower
 from partita.plan import Batch, Plan, Stage
-from partita.program import Instruction, Program, Segment
+from partita.program import Instruction, Program, Segment, Split, Use
 from partita.schedules import schedule
 from partita.sharding.batch import layouts
 from partita.simulate import simulate
@@ -42,7 +44,12 @@ def by_hand(name: str, p: int, m: int, devices: Cluster) -> Program:
                     out.append(Instruction("SEND", s, i, f"t{s - 1}", names[s - 1], True, 100))
             else:
                 out.append(Instruction("W", s, i))
-    segments = tuple(Segment(s, "split", (), (), ()) for s in range(p))
+    segments = tuple(
+        Segment(
+            s, "split", (), (Use(f"t{s - 1}", s - 1, Split(0), Split(0)),) if s else (), (f"t{s}",) if s + 1 < p else ()
+        )
+        for s in range(p)
+    )
     return Program(
         tuple(names[:p]), (1,) * m, segments, tuple((n,) * m for n in names[:p]),
         tuple((n, tuple(items)) for n, items in lists.items()), (), names[p - 1],
@@ -50,8 +57,13 @@ def by_hand(name: str, p: int, m: int, devices: Cluster) -> Program:
 
 
 def costs(p: int, devices: Cluster) -> dict[tuple[int, str], SegmentCost]:
-    one = SegmentCost(Affine(0.0, 1.0), Affine(0.0, 1.0), Affine(0.0, 1.0), Affine(0.0, 10.0), Affine(0.0, 3.0))
-    return {(s, devices.devices[s].name): one for s in range(p)}
+    def one(s: int) -> SegmentCost:
+        held, rises = frozenset([f"t{s}"]), Rises(forward=(Affine(0.0, 3.0),))
+        return SegmentCost(
+            Affine(0.0, 1.0), Affine(0.0, 1.0), Affine(0.0, 1.0), Affine(0.0, 10.0), held=held, rises=rises
+        )
+
+    return {(s, devices.devices[s].name): one(s) for s in range(p)}
 
 
 @given(st.sampled_from(["gpipe", "1f1b"]), st.integers(1, 5), st.integers(1, 8))
@@ -88,9 +100,28 @@ def test_messages_of_one_link_go_one_after_the_other():
 def test_memory_peaks_at_what_the_schedule_keeps_in_flight():
     devices = cluster(3)
     memory = dict(simulate(by_hand("1f1b", 3, 6, devices), costs(3, devices), devices).memory)
-    assert memory["cpu:0"] == 3 * 10 + 3 + 100
+    assert memory["cpu:0"] == 3 * 10 + 3
     eager = dict(simulate(by_hand("gpipe", 3, 6, devices), costs(3, devices), devices).memory)
-    assert eager["cpu:0"] == 6 * 10 + 3 + 100
+    assert eager["cpu:0"] == 6 * 10 + 3
+
+
+def test_gradients_that_may_wait_count_with_their_sender_until_the_receiver_has_surely_used_them():
+    devices = cluster(2)
+    one_after_the_other = dict(simulate(by_hand("1f1b", 2, 6, devices), costs(2, devices), devices).memory)
+    assert one_after_the_other["cpu:1"] == 2 * 100  # the activation of 2 was sent after B of 0
+    all_at_the_end = dict(simulate(by_hand("gpipe", 2, 6, devices), costs(2, devices), devices).memory)
+    assert all_at_the_end["cpu:1"] == 6 * 100  # nothing comes back meanwhile: the receiver may not have begun
+
+
+def test_what_is_sent_is_surely_used_when_something_came_that_was_sent_after_its_use():
+    program = by_hand("1f1b", 2, 3, cluster(2))
+    lists = {d: [str(i) for i in items] for d, items in program.instructions}
+    assert lists["cpu:1"][:6] == ["<t0@0.0:cpu:0", "F1.0", "B1.0", ">dt0@1.0:cpu:0", "<t0@0.1:cpu:0", "F1.1"]
+    released = {(d, lists[d][at]): len(gone) for (d, at), gone in sure_releases(program).items()}
+    assert released == {
+        ("cpu:0", "<dt0@1.0:cpu:1"): 1, ("cpu:0", "<dt0@1.1:cpu:1"): 1, ("cpu:0", "<dt0@1.2:cpu:1"): 1,
+        ("cpu:1", "<t0@0.2:cpu:0"): 1,
+    }  # fmt: skip
 
 
 def test_who_waits_for_what_is_named():
@@ -111,7 +142,7 @@ def test_a_lowered_plan_ends_and_shared_weights_count_once_on_cpu(name):
     trace = simulate(program, segment_costs(program, table, devices), devices, optimizer="adamw")
     weights = 4 * 64 * 64 * 4
     owner, replica = (need for _, need in trace.memory)
-    assert owner - replica == 3 * weights
+    assert 0.98 * 4 * weights < owner - replica <= 4 * weights  # each gradient is one product, counted with the first
     assert trace.step_seconds > 0
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from partita.cluster import Cluster
 from partita.cost.affine import Affine, through
 from partita.cost.communication import Channel, pairwise_all_to_all, ring, ring_all_gather, ring_all_reduce
+from partita.cost.memory import optimizer_factor, shares_memory
 from partita.cost.table import SegmentCost
 from partita.divide import Division
 from partita.graph import Graph, Op, refs
@@ -45,12 +46,40 @@ def with_collectives(
     return result
 
 
-def with_members(trace: Trace, program: Program) -> Trace:
-    """The trace of the leaders with what the others of their groups do: the same, on their own part."""
+def with_members(trace: Trace, program: Program, division: Division, optimizer: str) -> Trace:
+    """The trace of the leaders with what the others of their groups do: the same, on their own part.
+
+    Where they share a memory, what is not divided stays with the leader. Rows that do not lie together are a copy.
+    """
     groups = dict(program.groups)
     events = tuple(replace(e, device=d) for e in trace.events for d in groups.get(e.device, (e.device,)))
-    memory = tuple((d, need) for device, need in trace.memory for d in groups.get(device, (device,)))
-    return replace(trace, events=events, memory=memory)
+    memory: list[tuple[str, int]] = []
+    for leader, need in trace.memory:
+        used = {
+            use.tensor
+            for segment, places in zip(program.segments, program.placement, strict=True)
+            for use in segment.uses
+            if leader in places
+        }
+        for rank, device in enumerate(groups.get(leader, (leader,))):
+            more = _differs(division, used, rank, optimizer) if leader in groups else 0
+            memory.append((device, need + more))
+    return replace(trace, events=events, memory=tuple(memory))
+
+
+def _differs(division: Division, used: set[str], rank: int, optimizer: str) -> int:
+    """Bytes that a member holds above (or below) what the leader's own graph says."""
+    local, bytes_ = division.members[rank], 0
+    for tensor in local.graph.of_role("parameter"):
+        shard = local.shards.get(tensor.name)
+        size = tensor.nbytes(1)
+        if tensor.name not in used:
+            continue
+        if shard is not None:
+            bytes_ += size if len(shard.cut.rounds) > 1 else 0
+        elif rank and shares_memory(division.groups[0][1][rank]):
+            bytes_ -= size * (1 + (optimizer_factor(optimizer) if tensor.needs_grad else 0))
+    return bytes_
 
 
 def collective_seconds(

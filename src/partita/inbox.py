@@ -69,14 +69,14 @@ def _used_at(program: Program, lists: Mapping[str, tuple[Instruction, ...]]) -> 
     result: dict[Message, int] = {}
     for device, items in lists.items():
         ran: dict[tuple[str, int, int], int] = {
-            (i.kind, i.segment, i.microbatch): at for at, i in enumerate(items) if i.kind in ("F", "B")
+            (i.kind, i.segment, i.microbatch): at for at, i in enumerate(items) if i.kind in ("F", "B", "W")
         }
         for item in items:
             if item.kind != "RECV":
                 continue
-            kind = "B" if item.grad else "F"
+            kinds = ("B", "W") if item.grad else ("F", "B", "W")
             users = {maker.get(item.tensor, -1)} if item.grad else readers.get(item.tensor, set())
-            found = [ran[kind, s, m] for s in users for m in (item.microbatch, -1) if (kind, s, m) in ran]
+            found = [ran[k, s, m] for k in kinds for s in users for m in (item.microbatch, -1) if (k, s, m) in ran]
             if found:
                 result[message(item.peer, device, item)] = max(found)
     return result

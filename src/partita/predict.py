@@ -49,4 +49,4 @@ def predict(
         trace = simulate_apart(program, costs, cluster, optimizer=optimizer, zero=plan.zero, gathered=gathered)
     else:
         trace = simulate(program, costs, cluster, optimizer=optimizer)
-    return trace if division is None else with_members(trace, program)
+    return trace if division is None else with_members(trace, program, division, optimizer)

@@ -27,9 +27,10 @@ def simulate(
 ) -> Trace:
     """The predicted Trace. ``costs``: (segment, device name) -> cost (``cost.table.segment_costs``).
 
-    Memory counts parameters, gradients and ``optimizer`` state, saved activations, received tensors, what is alive only
-    while a segment runs, and, where devices share the caller's memory, the whole batch of what the caller made. Raises
-    PlanError where devices wait for each other for ever, naming who waits for what.
+    Memory counts parameters, gradients and ``optimizer`` state, saved activations, what is alive only while a segment
+    runs, received tensors (with the sender, where devices share a memory), and, where they share the caller's, the
+    whole batch of what the caller made. Raises PlanError where devices wait for each other for ever, naming who waits
+    for what.
     """
     return _Run(program, costs, cluster, optimizer).go()
 
@@ -192,6 +193,7 @@ class _Memory:
         self.releases = sure_releases(program)
         self.leaving: dict[tuple[str, str, int, bool], set[Message]] = {}
         self.leaving_bytes: dict[tuple[str, str, int, bool], float] = {}
+        self.later_sent: dict[tuple[str, int, int], dict[tuple[str, str, int, bool], int]] = {}
 
     def _add(self, device: str, change: float, transient: float = 0.0) -> None:
         self.now[device] += change
@@ -202,13 +204,14 @@ class _Memory:
         counted as that.
         """
         cost = self.costs.get((item.segment, device))
-        if not item.grad and cost is not None and item.tensor in cost.held:
-            return
-        going = self.leaving.setdefault(_sent(message(device, item.peer, item)), set())
-        if not going:
-            self.leaving_bytes[_sent(message(device, item.peer, item))] = item.nbytes
-            self._add(device, item.nbytes)
+        key = _sent(message(device, item.peer, item))
+        going = self.leaving.setdefault(key, set())
         going.add(message(device, item.peer, item))
+        if not item.grad and cost is not None and item.tensor in cost.held:
+            self.later_sent.setdefault((device, item.segment, item.microbatch), {})[key] = item.nbytes
+        elif key not in self.leaving_bytes:
+            self.leaving_bytes[key] = item.nbytes
+            self._add(device, item.nbytes)
 
     def received(self, device: str, item: Instruction, position: int) -> None:
         for gone in self.releases.get((device, position), ()):
@@ -216,9 +219,10 @@ class _Memory:
             going.discard(gone)
             if not going and (nbytes := self.leaving_bytes.pop(_sent(gone), 0.0)):
                 self._add(device, -nbytes)
-        key = (device, item.microbatch)
-        self.boundary[key] = self.boundary.get(key, 0.0) + item.nbytes
-        self._add(device, item.nbytes)
+        if not (shares_memory(device) and shares_memory(item.peer)):  # else it is the sender's
+            key = (device, item.microbatch)
+            self.boundary[key] = self.boundary.get(key, 0.0) + item.nbytes
+            self._add(device, item.nbytes)
 
     def ran(self, device: str, item: Instruction, splits_backward: bool, ends_run: bool) -> None:
         """``ends_run``: no W follows this one."""
@@ -241,6 +245,10 @@ class _Memory:
         else:
             self._gradients(device, item, cost, samples, splits_backward)
             self._add(device, (max(cost.owed.at(samples), 0.0) if splits_backward else 0.0) - saved)
+            for key, nbytes in self.later_sent.pop((device, item.segment, item.microbatch), {}).items():
+                if self.leaving.get(key):  # its receiver may keep it for a W step
+                    self.leaving_bytes[key] = nbytes
+                    self._add(device, nbytes)
             if not splits_backward:
                 self._ends(device, item)
 
@@ -282,6 +290,6 @@ class _Memory:
         self.now[device] += total  # what is saved goes in the same moment
 
     def reduce(self, largest: float) -> None:
-        """While replicas' gradients are added, another's stands beside a device's own."""
+        """While replicas' gradients are added, another's stands beside a device's own, but in a common memory."""
         for device in self.now:
-            self._add(device, 0.0, largest)
+            self._add(device, 0.0, 0.0 if shares_memory(device) else largest)

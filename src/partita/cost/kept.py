@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,8 @@ from partita.graph import Graph
 
 Array = NDArray[np.float64]
 HELD = ("parameter", "buffer", "constant")
-TWICE = frozenset({"cross_entropy_loss"})
-"""Ops of two steps: a tensor as large as their first input is between these, forward and backward."""
+TWICE = MappingProxyType({"cross_entropy_loss": 1, "divided_cross_entropy": 2})
+"""Ops of several steps, and how many tensors as large as their first input are between these, forward and backward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +88,12 @@ def lives(
     kept: Sequence[tuple[Kept, ...]],
     recompute: Sequence[tuple[int, int]],
     *,
+    sent: Iterable[str] = (),
     train: bool = True,
 ) -> Lives:
     """``index``: the segment's ops; ``kept``: of every op of the graph; ``recompute``: ranges of positions whose
-    activations are dropped and made again: what enters one stays, what it saves comes back when it is undone.
+    activations are dropped and made again: what enters one stays, what it saves comes back when it is undone. ``sent``:
+    what others take: they keep it until they have its gradient; so does whoever makes a loss of the graph's outputs.
     """
     n = len(index)
     position = {int(op): at for at, op in enumerate(index)}
@@ -132,7 +135,17 @@ def lives(
             alive(undone, min(starts), n, size)
     for at, i in enumerate(index):
         if short(graph.ops[i].target) in TWICE and graph.ops[i].uses():
-            alive(done, at, at + 1, tensor_bytes(graph, graph.ops[i].uses()[0]))
+            between = tensor_bytes(graph, graph.ops[i].uses()[0]).scaled(TWICE[short(graph.ops[i].target)])
+            alive(done, at, at + 1, between)
+    for name in (*sent, *(o for o in graph.outputs if graph.producer(o) is not None)) if train else ():
+        base = graph.tensor(name).base or name
+        if base in made and base not in stays and graph.tensor(name).needs_grad and graph.tensor(name).shape:
+            size = tensor_bytes(graph, base)
+            saved = saved + size
+            stays.add(base)
+            alive(done, made[base], n, size)
+            if name in graph.outputs:
+                alive(undone, n - 1, n, size)
     last = dict(made)
     for at, i in enumerate(index):
         for name in graph.ops[i].uses():

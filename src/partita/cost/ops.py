@@ -25,7 +25,8 @@ _FAMILIES = {
     "split_with_sizes chunk unbind alias detach flatten unflatten view_as expand_as swapaxes movedim diagonal "
     "as_strided unfold numpy_T contiguous lift_fresh size getitem broadcast_to real imag view_as_real view_as_complex",
     "linear": "add add_ sub sub_ neg sum mean cat stack clone _to_copy to copy_ pad constant_pad_nd rsub cumsum roll "
-    "flip repeat index_select embedding masked_fill masked_fill_ upsample_nearest2d",
+    "flip repeat index_select embedding masked_fill masked_fill_ upsample_nearest2d "
+    "copied take all_gather all_gather_copied all_reduce reduce_scatter",
     "output": "relu relu_ sigmoid sigmoid_ tanh tanh_ exp softmax _softmax log_softmax _log_softmax sqrt rsqrt "
     "reciprocal hardtanh relu6",
 }
@@ -116,6 +117,9 @@ def op_cost(graph: Graph, op: Op, device: Device) -> OpCost:
     return OpCost(forward, backward, product + Affine(gathered))
 
 
+PRODUCTS = frozenset({"mul", "mul_", "matmul", "mm", "bmm", "linear"})
+
+
 def saved_tensors(graph: Graph, op: Op) -> tuple[str, ...]:
     """Tensors autograd keeps for this op's backward (parameters, buffers and constants not counted)."""
     if not op.grad or not any(graph.tensor(o).needs_grad for o in op.outputs if o):
@@ -128,8 +132,9 @@ def saved_tensors(graph: Graph, op: Op) -> tuple[str, ...]:
     if kind == "output":
         return outputs[:1]
     inputs = tuple(n for n in op.uses() if graph.tensor(n).role in ("op", "input"))
-    if short(op.target) in ("mul", "mul_", "div", "div_") and len(inputs) < 2:
-        return ()
+    if short(op.target) in PRODUCTS:  # of two factors each is needed for the other's gradient
+        wanted = [n for n in op.uses() if graph.tensor(n).needs_grad]
+        inputs = tuple(n for n in inputs if any(other != n for other in wanted) or op.uses() == (n,))
     return (*inputs, *outputs[:1]) if kind == "attention" or op.target.startswith("opaque:") else inputs
 
 

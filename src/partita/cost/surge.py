@@ -38,9 +38,11 @@ LEAD = 4
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One weight gradient of a W step, in their order. Bytes: ``used``: gone by then of what waited; ``made``: gradients
-    made, its own too; ``table``: of its own beside an earlier one; ``pair``: of its input and output gradient, copied
-    into one where they have at most ``rows`` rows a further microbatch; ``length``: rows they have.
+    """One weight gradient of a W step, in their order.
+
+    Bytes: ``used``: gone by then of what waited; ``made``: gradients made, its own too; ``table``: of its own beside an
+    earlier one; ``pair``: of its input and output gradient, copied into one where they have at most ``rows`` rows a
+    further microbatch; ``length``: rows they have.
     """
 
     used: Affine
@@ -244,7 +246,7 @@ def _gradients(graph: Graph, index: Indices, elsewhere: frozenset[str]) -> Array
         op = graph.ops[int(index[at])]
         passes = _passes_on(op)
         if short(op.target) in TWICE and op.uses():
-            size = tensor_bytes(graph, op.uses()[0])
+            size = tensor_bytes(graph, op.uses()[0]).scaled(TWICE[short(op.target)])
             result[at] += (size.fixed, size.per_sample)
             result[at + 1] -= (size.fixed, size.per_sample)
         for out in op.outputs:
@@ -271,8 +273,8 @@ def _gradients(graph: Graph, index: Indices, elsewhere: frozenset[str]) -> Array
             root = shares.get(name, name)
             life[root] = (life.get(root, (made[name], 0))[0], len(index) - 1)
             size = tensor_bytes(graph, name)
-            result[len(index) - 1] += (3.0 * size.fixed, 3.0 * size.per_sample)
-            result[len(index)] -= (3.0 * size.fixed, 3.0 * size.per_sample)
+            result[len(index) - 1] += (2.0 * size.fixed, 2.0 * size.per_sample)
+            result[len(index)] -= (2.0 * size.fixed, 2.0 * size.per_sample)
     for name, (first, last) in life.items():
         if name in elsewhere and name in made and name not in uses:  # received, and counted as that
             continue

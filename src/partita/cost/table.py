@@ -174,11 +174,11 @@ def segment_cost(
     backward, weight = _sum(table.backward[kind][index]), _sum(table.weight[kind][index])
     for start, stop in recompute:
         backward = backward + _sum(table.forward[kind][index[start:stop]])
-    life = lives(graph, [int(i) for i in ops], table.kept, recompute, train=train)
     made = [o for i in ops for o in graph.ops[i].outputs if o]
-    held = frozenset(o for o in made if (graph.tensor(o).base or o) in life.stays)
     inside = set(map(int, ops))
     elsewhere = frozenset(o for o in made if not inside.issuperset(table.users.get(o, ())))
+    life = lives(graph, [int(i) for i in ops], table.kept, recompute, sent=elsewhere, train=train)
+    held = frozenset(o for o in made if (graph.tensor(o).base or o) in life.stays)
     first = _sum(table.first[kind][index])
     owed, later = _owed(graph, ops)
     return SegmentCost(

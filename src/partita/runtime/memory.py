@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,14 +27,17 @@ if TYPE_CHECKING:
 class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts storages made while it is active on this thread. ``live_bytes`` now, ``peak_bytes`` at the most.
 
-    ``hold`` adds storages made elsewhere. ``adopt``: whatever an op reads is held from then on too (parameters, what
-    other devices sent), except what ``ignore`` named. A meter may be entered many times; what was alive stays counted.
+    ``hold`` adds storages made elsewhere. ``adopt``: whatever an op reads is held from then on too (inputs, buffers),
+    except what ``ignore`` named or one of ``others`` made. A meter may be entered many times; what was alive stays
+    counted.
     """
 
     def __init__(self, *, adopt: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.adopt = adopt
+        self.others: tuple[MemoryMeter, ...] = ()
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._made: dict[int, weakref.ref[Any]] = {}
         self._gone: deque[tuple[int, weakref.ref[Any]]] = deque()  # appended to by whoever drops the last tensor
         self._ignored: dict[int, Any] = {}
         self._lock = threading.RLock()
@@ -58,10 +62,22 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._settle()
             self._peak = self._live
 
+    def made(self, tensor: torch.Tensor) -> bool:
+        """Whether an op under this meter made the tensor's memory."""
+        storage = tensor.untyped_storage()
+        found = self._made.get(id(storage))
+        return found is not None and found() is storage
+
     def hold(self, values: Any) -> None:
         """Count the tensors in ``values`` (any structure) until they are gone, as if made here."""
         for tensor in _tensors(values):
             self._add(tensor)
+
+    def hold_bytes(self, nbytes: int) -> None:
+        """Count so many bytes for good."""
+        with self._lock:
+            self._live += nbytes
+            self._peak = max(self._peak, self._live)
 
     def ignore(self, values: Any) -> None:
         """Never count the tensors in ``values``: another device's. They are kept alive as long as the meter."""
@@ -81,7 +97,8 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = {id(t.untyped_storage()) for t in inputs}
         if adopt:
             for tensor in inputs:
-                self._add(tensor)
+                if not any(other.made(tensor) for other in self.others):
+                    self._add(tensor)
         result = func(*args, **kwargs)
         with self._lock:
             self._settle()  # the identity of a storage that is gone may be taken by another
@@ -89,6 +106,8 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             key = id(tensor.untyped_storage())
             if key in self._known or key not in given:  # a view or an in-place result makes nothing
                 self._add(tensor)
+            if key not in given and key in self._known:
+                self._made[key] = self._known[key][0]
         return result
 
     def _add(self, tensor: torch.Tensor) -> None:
@@ -117,6 +136,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             known = self._known.get(key)
             if known is not None and known[0] is ref:
                 del self._known[key]
+                self._made.pop(key, None)
                 self._live -= known[1]
 
 
@@ -152,8 +172,10 @@ def measure_memory(
     """Peak bytes on each device in one ``train_step`` (a forward, where ``parallel`` is in eval mode); afterwards the
     gradients are as they were.
 
-    Counts as the prediction does: parameters (a shared one with its first device), gradients, the state ``optimizer``
-    has now, activations, and received tensors on the device that received them. ``"caller"``: made outside the devices.
+    Counts as the prediction does: parameters (a shared one with its first device; of one whose rows are dealt out, each
+    device its own), gradients (of replicas that make them together, with the first), the state ``optimizer`` has now,
+    and activations; where devices share a memory, what one sends another stays its own until nobody needs it.
+    ``"caller"``: made outside the devices.
     """
     module = parallel.module
     kept = {p: p.grad for p in module.parameters()}
@@ -162,12 +184,17 @@ def measure_memory(
     try:
         owners = _owners(parallel, args, dict(kwargs or {}))
         meters = {device: MemoryMeter(adopt=True) for device in owners}
-        for device, (mine, others) in owners.items():
+        for device, meter in meters.items():
+            meter.others = tuple(m for d, m in meters.items() if d != device and shares_memory(d))
+        for device, held in owners.items():
             if shares_memory(device):
-                meters[device].ignore(others)
-                meters[device].hold(mine)
+                meters[device].ignore([*held.others, *(p for p, _ in held.rows)])
+                meters[device].hold(held.mine)
             if optimizer is not None:
-                meters[device].hold([optimizer.state[p] for p in mine if p in optimizer.state])
+                meters[device].hold([optimizer.state[p] for p in held.mine if p in optimizer.state])
+            for whole, share in held.rows:
+                state = optimizer.state.get(whole, {}) if optimizer is not None else {}
+                meters[device].hold_bytes(round(share * (storage_bytes([whole]) + storage_bytes(_tensors(state)))))
         outside = MemoryMeter()
         with _metered(parallel, meters), outside:
             if parallel.training:
@@ -181,10 +208,17 @@ def measure_memory(
             parameter.grad = grad
 
 
-def _owners(
-    parallel: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Device -> (parameters it keeps, parameters it uses but another keeps)."""
+@dataclass(eq=False)
+class _Held:
+    """Parameters one device keeps, those it uses but another keeps, and those of which it keeps a share."""
+
+    mine: list[torch.Tensor] = field(default_factory=list)
+    others: list[torch.Tensor] = field(default_factory=list)
+    rows: list[tuple[torch.Tensor, float]] = field(default_factory=list)
+
+
+def _owners(parallel: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, _Held]:
+    """What each device keeps of the parameters."""
     from partita.runtime.module import _WithLoss
 
     train = parallel.training
@@ -192,11 +226,11 @@ def _owners(
     with torch.set_grad_enabled(train):
         bound = parallel._bind("step" if train else "call", forward, args, kwargs)
     if bound.engine is None:  # runs as its Python goes: every part is counted where its calls run
-        return {d.name: ([], []) for d in parallel._team.devices}
-    program, parameters = bound.engine.lowered(bound.captured.graph.batch, train).step, bound.parameters
-    found: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {
-        member: ([], []) for d in program.devices for member in program.members(d)
-    }
+        return {d.name: _Held() for d in parallel._team.devices}
+    lowered, parameters = bound.engine.lowered(bound.captured.graph.batch, train), bound.parameters
+    program, division = lowered.step, lowered.division
+    found = {member: _Held() for d in program.devices for member in program.members(d)}
+    rank = {device: at for _, members in program.groups for at, device in enumerate(members)}
     users: dict[str, set[str]] = {}
     for segment, places in zip(program.segments, program.placement, strict=True):
         for use in segment.uses:
@@ -206,9 +240,15 @@ def _owners(
         if not devices & set(found):  # the caller alone uses it
             continue
         keeper, *others = sorted(devices & set(found), key=list(found).index)
-        found[keeper][0].append(parameters[name])
+        if division is not None and name in division.members[0].shards:
+            for device in (keeper, *others):
+                part = division.members[rank.get(device, 0)].graph.tensor(name)
+                whole = bound.captured.graph.tensor(name).nbytes(1)
+                found[device].rows.append((parameters[name], part.nbytes(1) / max(whole, 1)))
+            continue
+        found[keeper].mine.append(parameters[name])
         for device in others:
-            found[device][1].append(parameters[name])
+            found[device].others.append(parameters[name])
     return found
 
 
