@@ -31,7 +31,6 @@ def quantile(values: Sequence[float], q: float) -> float:
 def summary(rows: Sequence[Row], best: bool) -> dict[str, float]:
     """Errors as shares, over all plans and devices; times of transfers in seconds."""
     times = [abs(r.error(best)) for r in rows]
-    memory = [e for r in rows for e in r.memory_errors]
     stages = [abs(e) for r in rows for e in r.stage_errors()]
     bubbles = [abs(e) for r in rows for e in r.bubble_errors()]
     found = {
@@ -40,9 +39,7 @@ def summary(rows: Sequence[Row], best: bool) -> dict[str, float]:
         "stages' forward and backward: median error": median(stages),
         "stages' forward and backward: 95th percentile": quantile(stages, 0.95),
         "idle share: median difference": median(bubbles), "idle share: 95th percentile": quantile(bubbles, 0.95),
-        "memory: median error": median(map(abs, memory)),
-        "memory: 95th percentile": quantile([abs(e) for e in memory], 0.95),
-        "memory: largest error": max(map(abs, memory)), "memory: furthest under-predicted": -min(0.0, min(memory)),
+        **memory_summary(rows),
     }  # fmt: skip
     both = [r.transfers() for r in rows]
     predicted, measured = ([s for pair in both for s in pair[i]] for i in (0, 1))
@@ -50,6 +47,24 @@ def summary(rows: Sequence[Row], best: bool) -> dict[str, float]:
         found["transfer: predicted, median seconds"] = median(predicted)
         found["transfer: measured, median seconds"] = median(measured)
     return found
+
+
+def memory_summary(rows: Sequence[Row]) -> dict[str, float]:
+    """Errors of peaks as shares, over all plans and devices."""
+    memory = [e for r in rows for e in r.memory_errors]
+    return {
+        "memory: median error": median(map(abs, memory)),
+        "memory: 95th percentile": quantile([abs(e) for e in memory], 0.95),
+        "memory: largest error": max(map(abs, memory)), "memory: furthest under-predicted": -min(0.0, min(memory)),
+    }  # fmt: skip
+
+
+def memory_line(row: Row) -> str:
+    peaks = (
+        f"{d} {format_bytes(row.memory_predicted[d])} for {format_bytes(n)} ({e:+.1%})"
+        for (d, n), e in zip(((d, n) for d, n in row.memory_measured.items() if n), row.memory_errors, strict=True)
+    )
+    return f"{row.name}: {', '.join(peaks)}"
 
 
 def shown(key: str, value: float) -> str:
@@ -65,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--cpu", action="store_true", help="the busiest device's CPU seconds instead of the step's time"
     )
+    parser.add_argument("--memory", action="store_true", help="bytes alone: no seconds, so no quiet machine is needed")
     parser.add_argument("--page", help="HTML page to write: the scatter, and timelines predicted above measured")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     given = parser.parse_args(argv)
@@ -74,18 +90,24 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"'{value}' is not one of {', '.join(WORKLOADS)}")
     if given.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if given.memory and (given.page or given.json):
+        parser.error("--memory prints a table only")
     console = Console(stderr=given.json, width=None if sys.stdout.isatty() else 140)
     cluster = local_cluster(2)
     everything: list[Row] = []
     for name in models:
         with Progress(console=console, transient=True) as progress:
-            rows, words, failed = study(name, given.rounds, cluster, progress, few=given.few, cpu=given.cpu)
+            rounds = 0 if given.memory else given.rounds
+            rows, words, failed = study(name, rounds, cluster, progress, few=given.few, cpu=given.cpu)
         everything += rows
-        if not given.json:
+        if given.memory:
+            for row in rows:
+                console.print(f"{name}  {memory_line(row)}", highlight=False, markup=False, soft_wrap=True)
+        elif not given.json:
             console.print(table(f"{name}: planner's choice {words}", rows, given.best))
             for title, reason in failed.items():
                 console.print(f"left out: {title}: {reason}", highlight=False, markup=False)
-    found = summary(everything, given.best)
+    found = memory_summary(everything) if given.memory else summary(everything, given.best)
     if given.page:
         words = {key: shown(key, value) for key, value in found.items()}
         Path(given.page).write_text(page(everything, words), encoding="utf-8")

@@ -116,8 +116,8 @@ class Setting:
     measured: Measured | None
 
     @staticmethod
-    def make(name: str, cluster: Cluster, *, batch: int = 0) -> Setting:
-        """``batch``: samples, where not the workload's own number."""
+    def make(name: str, cluster: Cluster, *, batch: int = 0, timed: bool = True) -> Setting:
+        """``batch``: samples, where not the workload's own number. ``timed``: its parts are measured."""
         model, x, target = WORKLOADS[name].build()
         if batch:
             x, target = tuple(t[:batch] for t in as_args(x)), target[:batch]
@@ -127,7 +127,8 @@ class Setting:
             return cross_entropy(model(*given[:-1]), given[-1])
 
         captured = capture(model, (*args, target), {}, forward=step)
-        return Setting(name, model, args, target, captured, measure_call(captured, cluster, model, (*args, target)))
+        measured = measure_call(captured, cluster, model, (*args, target)) if timed else None
+        return Setting(name, model, args, target, captured, measured)
 
     def plans(self, cluster: Cluster, *, few: bool = False) -> dict[str, Plan]:
         """What a person could pick."""
@@ -154,9 +155,10 @@ class Setting:
 def study(
     name: str, rounds: int, cluster: Cluster, progress: Progress, *, few: bool, cpu: bool
 ) -> tuple[list[Row], str, dict[str, str]]:
-    """Every plan of one model: predicted first, then measured in turn. Also the planner's plan in words, and what could
-    not run."""
-    setting = Setting.make(name, cluster)
+    """Every plan of one model: predicted first, then measured in turn (``rounds`` 0: its memory alone). Also the
+    planner's plan in words, and what could not run.
+    """
+    setting = Setting.make(name, cluster, timed=rounds > 0)
     plans: dict[str, Plan | None] = {**setting.plans(cluster, few=few), CHOSEN: None}
     rows, running, failed = [], [], {}
     words = ""
@@ -174,6 +176,8 @@ def study(
             continue
         if plan is None:
             words = describe(parallel.plan)
+        if not rounds:
+            parallel.close()
         row = Row(name, title, trace, busiest(trace) if cpu else trace.step_seconds)
         row.memory_predicted = dict(trace.memory)
         row.memory_measured = {d: n for d, n in found.items() if d in row.memory_predicted}
@@ -189,7 +193,7 @@ def study(
             seconds, trace = recorded(setting, running[i], cpu=cpu)
             rows[i].seconds.append(busiest(trace) if cpu else seconds)
             rows[i].traces.append(trace)
-    for parallel in running:
+    for parallel in running if rounds else ():
         parallel.close()
     progress.remove_task(task)
     return rows, words, failed

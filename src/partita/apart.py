@@ -45,7 +45,8 @@ def simulate_apart(
     once = -(-len(program.sizes) // replicas) == 1
     level = zero if program.train else 0
     rows = level if once else min(level, 1)  # several microbatches a replica: all is whole until the last one ends
-    trace = simulate(program, _in_rows(costs, users) if rows > 1 else costs, cluster, optimizer=optimizer)
+    used = _in_rows(costs, users) if rows > 1 else costs
+    trace = simulate(program, used, cluster, optimizer=optimizer, processes=True)
     owner: dict[str, str] = {}
     extra: dict[str, float] = {}
     factor = optimizer_factor(optimizer) if program.train else 0
@@ -107,7 +108,7 @@ def _in_rows(costs: Costs, users: Mapping[str, tuple[str, ...]]) -> dict[tuple[i
             (name, size // len(users.get(name, (key[1],))) if trains else size, trains)
             for name, size, trains in cost.parameters
         )
-        result[key] = replace(cost, parameters=parts, climb=cost.surge)
+        result[key] = replace(cost, parameters=parts, rises=replace(cost.rises, first=cost.rises.later))
     return result
 
 

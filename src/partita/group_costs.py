@@ -46,7 +46,9 @@ def with_collectives(
     return result
 
 
-def with_members(trace: Trace, program: Program, division: Division, optimizer: str) -> Trace:
+def with_members(
+    trace: Trace, program: Program, division: Division, *, optimizer: str, processes: bool = False
+) -> Trace:
     """The trace of the leaders with what the others of their groups do: the same, on their own part.
 
     Where they share a memory, what is not divided stays with the leader. Rows that do not lie together are a copy.
@@ -62,14 +64,14 @@ def with_members(trace: Trace, program: Program, division: Division, optimizer: 
             if leader in places
         }
         for rank, device in enumerate(groups.get(leader, (leader,))):
-            more = _differs(division, used, rank, optimizer) if leader in groups else 0
+            more = _differs(division, used, rank, optimizer) if leader in groups and not processes else 0
             memory.append((device, need + more))
     return replace(trace, events=events, memory=tuple(memory))
 
 
 def _differs(division: Division, used: set[str], rank: int, optimizer: str) -> int:
     """Bytes that a member holds above (or below) what the leader's own graph says."""
-    local, bytes_ = division.members[rank], 0
+    local, bytes_ = division.members[min(rank, len(division.members) - 1)], 0
     for tensor in local.graph.of_role("parameter"):
         shard = local.shards.get(tensor.name)
         size = tensor.nbytes(1)

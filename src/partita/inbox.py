@@ -21,14 +21,16 @@ def message(sender: str, receiver: str, item: Instruction) -> Message:
     return sender, receiver, item.segment, item.microbatch, item.tensor, item.grad
 
 
-def sure_releases(program: Program) -> dict[tuple[str, int], tuple[Message, ...]]:
+def sure_releases(
+    program: Program, puts_off: frozenset[int] = frozenset()
+) -> dict[tuple[str, int], tuple[Message, ...]]:
     """(device, position of a RECV in its list) -> messages the device had sent that have certainly been used by then.
 
     Messages that are not listed may be needed to the end of the device's list. Lists that never end give what is known
-    where they stop.
+    where they stop. ``puts_off``: segments whose W step needs what their B needed.
     """
     lists = dict(program.instructions)
-    used_at = _used_at(program, lists)
+    used_at = _used_at(program, lists, puts_off)
     known = {device: dict.fromkeys(lists, 0) for device in lists}
     position, sent = dict.fromkeys(lists, 0), dict[Message, dict[str, int]]()
     open_: dict[str, dict[Message, int]] = {device: {} for device in lists}
@@ -59,7 +61,9 @@ def sure_releases(program: Program) -> dict[tuple[str, int], tuple[Message, ...]
     return result
 
 
-def _used_at(program: Program, lists: Mapping[str, tuple[Instruction, ...]]) -> dict[Message, int]:
+def _used_at(
+    program: Program, lists: Mapping[str, tuple[Instruction, ...]], puts_off: frozenset[int]
+) -> dict[Message, int]:
     """Message -> position in the receiver's list of the instruction that uses it last."""
     maker = {name: s for s, segment in enumerate(program.segments) for name in segment.outputs}
     readers: dict[str, set[int]] = {}
@@ -69,7 +73,9 @@ def _used_at(program: Program, lists: Mapping[str, tuple[Instruction, ...]]) -> 
     result: dict[Message, int] = {}
     for device, items in lists.items():
         ran: dict[tuple[str, int, int], int] = {
-            (i.kind, i.segment, i.microbatch): at for at, i in enumerate(items) if i.kind in ("F", "B", "W")
+            (i.kind, i.segment, i.microbatch): at
+            for at, i in enumerate(items)
+            if i.kind in ("F", "B") or (i.kind == "W" and i.segment in puts_off)
         }
         for item in items:
             if item.kind != "RECV":

@@ -44,9 +44,12 @@ def predict(
     costs = segment_costs(program, cost_table(whole, cluster, measured=measured), cluster)
     if division is not None:
         costs = with_collectives(costs, division, program, cluster)
-    if processes or plan.zero or several_nodes(cluster):
+    apart = processes or bool(plan.zero) or several_nodes(cluster)
+    if apart:
         gathered = 2.0 * largest_unit(graph)
         trace = simulate_apart(program, costs, cluster, optimizer=optimizer, zero=plan.zero, gathered=gathered)
     else:
         trace = simulate(program, costs, cluster, optimizer=optimizer)
-    return trace if division is None else with_members(trace, program, division, optimizer)
+    if division is None:
+        return trace
+    return with_members(trace, program, division, optimizer=optimizer, processes=apart)

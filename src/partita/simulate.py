@@ -24,20 +24,27 @@ def simulate(
     cluster: Cluster,
     *,
     optimizer: str = "none",
+    processes: bool = False,
 ) -> Trace:
-    """The predicted Trace. ``costs``: (segment, device name) -> cost (``cost.table.segment_costs``).
+    """The predicted Trace. ``costs``: (segment, device name) -> cost (``cost.table.segment_costs``). ``processes``: one
+    for each device, so that nothing is handed over without a copy.
 
     Memory counts parameters, gradients and ``optimizer`` state, saved activations, what is alive only while a segment
     runs, received tensors (with the sender, where devices share a memory), and, where they share the caller's, the
     whole batch of what the caller made. Raises PlanError where devices wait for each other for ever, naming who waits
     for what.
     """
-    return _Run(program, costs, cluster, optimizer).go()
+    return _Run(program, costs, cluster, optimizer, processes).go()
 
 
 class _Run:
     def __init__(
-        self, program: Program, costs: Mapping[tuple[int, str], SegmentCost], cluster: Cluster, optimizer: str
+        self,
+        program: Program,
+        costs: Mapping[tuple[int, str], SegmentCost],
+        cluster: Cluster,
+        optimizer: str,
+        processes: bool,
     ) -> None:
         self.program, self.costs, self.cluster = program, costs, cluster
         self.lists = dict(program.instructions)
@@ -48,7 +55,7 @@ class _Run:
         self.begun: set[tuple[int, str]] = set()
         self.previous: dict[str, tuple[str, int]] = {}
         self.splits_backward = {i.segment for _, items in program.instructions for i in items if i.kind == "W"}
-        self.memory = _Memory(program, costs, optimizer)
+        self.memory = _Memory(program, costs, optimizer, processes)
 
     def go(self) -> Trace:
         position = self.position = dict.fromkeys(self.lists, 0)
@@ -163,7 +170,9 @@ def samples_of(program: Program, item: Instruction) -> int:
 class _Memory:
     """Bytes alive on each device, and the most there were."""
 
-    def __init__(self, program: Program, costs: Mapping[tuple[int, str], SegmentCost], optimizer: str) -> None:
+    def __init__(
+        self, program: Program, costs: Mapping[tuple[int, str], SegmentCost], optimizer: str, processes: bool
+    ) -> None:
         self.program, self.costs = program, costs
         devices = [device for device, _ in program.instructions]
         self.now = dict.fromkeys(devices, 0.0)
@@ -189,8 +198,9 @@ class _Memory:
         self.late: dict[tuple[int, str], float] = {}
         self.flushed: dict[str, list[Instruction]] = {device: [] for device in devices}
         self.boundary: dict[tuple[str, int], float] = {}
-        self.together = program.replicas if all(map(shares_memory, program.replicas)) else ()
-        self.releases = sure_releases(program)
+        self.processes = processes
+        self.together = program.replicas if not processes and all(map(shares_memory, program.replicas)) else ()
+        self.releases = sure_releases(program, frozenset(s for (s, _), cost in costs.items() if cost.later))
         self.leaving: dict[tuple[str, str, int, bool], set[Message]] = {}
         self.leaving_bytes: dict[tuple[str, str, int, bool], float] = {}
         self.later_sent: dict[tuple[str, int, int], dict[tuple[str, str, int, bool], int]] = {}
@@ -219,7 +229,7 @@ class _Memory:
             going.discard(gone)
             if not going and (nbytes := self.leaving_bytes.pop(_sent(gone), 0.0)):
                 self._add(device, -nbytes)
-        if not (shares_memory(device) and shares_memory(item.peer)):  # else it is the sender's
+        if self.processes or not (shares_memory(device) and shares_memory(item.peer)):  # else it is the sender's
             key = (device, item.microbatch)
             self.boundary[key] = self.boundary.get(key, 0.0) + item.nbytes
             self._add(device, item.nbytes)
@@ -292,4 +302,4 @@ class _Memory:
     def reduce(self, largest: float) -> None:
         """While replicas' gradients are added, another's stands beside a device's own, but in a common memory."""
         for device in self.now:
-            self._add(device, 0.0, 0.0 if shares_memory(device) else largest)
+            self._add(device, 0.0, largest if self.processes or not shares_memory(device) else 0.0)

@@ -146,7 +146,7 @@ def price(task: Task, built: Built, candidate: Candidate) -> Ranked | None:
     except PlanError:
         return None
     if division is not None:
-        trace = with_members(trace, program)
+        trace = with_members(trace, program, division, optimizer=optimizer, processes=task.processes)
     busy = {device: trace.busy_seconds(device) for device, _ in trace.memory}
     slowest = max(busy, key=busy.__getitem__) if busy else ""
     missing = [(d, need - HEADROOM * cluster.device(d).memory_bytes) for d, need in trace.memory]
