@@ -26,7 +26,7 @@ _FAMILIES = {
     "as_strided unfold numpy_T contiguous lift_fresh size getitem broadcast_to real imag view_as_real view_as_complex",
     "linear": "add add_ sub sub_ neg sum mean cat stack clone _to_copy to copy_ pad constant_pad_nd rsub cumsum roll "
     "flip repeat index_select embedding masked_fill masked_fill_ upsample_nearest2d "
-    "copied take all_gather all_gather_copied all_reduce reduce_scatter",
+    "copied take all_gather all_gather_copied all_reduce reduce_scatter exchange",
     "output": "relu relu_ sigmoid sigmoid_ tanh tanh_ exp softmax _softmax log_softmax _log_softmax sqrt rsqrt "
     "reciprocal hardtanh relu6",
 }
