@@ -66,7 +66,7 @@ def test_the_predicted_peak_is_measured_within_a_few_per_cent(model: type, x: tu
         parallel.close()
     for device, need in expected.items():
         peaks = [step[device] for step in found]
-        assert 0.9 * need <= max(peaks) <= 1.02 * need, (device, expected, found)
+        assert 0.9 * need <= max(peaks) <= 1.03 * need, (device, expected, found)
 
 
 @pytest.mark.zoo
