@@ -198,7 +198,8 @@ def test_processes_hold_their_parameters_themselves() -> None:
     fixed = {"constraints": {"replicas": 2, "microbatches": 2, "tensor": 1}}
     shared, own = (plan(DEEP, cluster(2), processes=apart, **fixed).predicted for apart in (False, True))
     assert shared is not None and own is not None
-    assert dict(own.memory)["cpu:1"] - dict(shared.memory)["cpu:1"] == pytest.approx(3 * WEIGHTS)
+    more = dict(own.memory)["cpu:1"] - dict(shared.memory)["cpu:1"]
+    assert more == pytest.approx(4 * WEIGHTS, rel=0.01)  # weights, state, and gradients that replicas make once
     assert simulate_apart is not None
 
 
