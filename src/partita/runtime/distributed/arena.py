@@ -83,24 +83,18 @@ class Arena:
 
     def scatter(self, flat: torch.Tensor, splits: Sequence[int], what: str) -> Callable[[], torch.Tensor]:
         """This rank's slice of the sum of everybody's ``flat``, once landed."""
+        kind = flat.dtype
         number, offset = self._place(max(flat.numel() * flat.element_size(), 1), what)
         at = [sum(splits[:r]) for r in range(self.size + 1)]
         self._view(self.position, offset, flat.numel(), flat.dtype).copy_(flat)
         self._set(GIVEN, number + 1)
-        own = flat[at[self.position] : at[self.position + 1]]
-        result: list[torch.Tensor] = []
+        result: list[torch.Tensor] = [flat[at[self.position] : at[self.position + 1]].clone()]  # lets go of the rest
 
         def land() -> None:
             self._await(GIVEN, number + 1, what)
-            total = None
             for r in range(self.size):
-                if r == self.position:
-                    part = own
-                else:
-                    part = self._taken(r, offset, at[self.position], at[self.position + 1], flat.dtype)
-                total = part if total is None else total + part if r == 1 else total.add_(part)
-            assert total is not None
-            result.append(total)
+                if r != self.position:
+                    result[0].add_(self._taken(r, offset, at[self.position], at[self.position + 1], kind))
             self._set(READ, number + 1)
 
         return self._landing(number, land, lambda: result[0])

@@ -11,8 +11,10 @@ which no rank has a gradient gets none. Of a sharded parameter (ZeRO 2 and 3) ea
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -135,15 +137,17 @@ class Reducer:
         self.graph, self.sums, self.aliases, self.rows, self.device = graph, sums, aliases, rows, device
         self.done: Callable[[str], None] = lambda name: None
         self.left = dict(sums.expected)
-        self.given: set[str] = set()
         self.states = [_State(s, members(s.ranks)) for s in sums.shared]
         self.state_of = {n: state for state in self.states for n in state.shared.names}
+        self._hooks: list[Any] = []
+        self._given: set[str] = set()  # parameters for which this rank had a gradient when it was sent
 
     def watch_leaves(self) -> None:
         """Have autograd tell when it has come to a leaf (not where gradients are put off until W)."""
         for name, alias in self.aliases.items():
             if name in self.state_of and alias.requires_grad:
-                alias.register_post_accumulate_grad_hook(_toucher(self.touch, name))  # type: ignore[no-untyped-call]
+                hook = alias.register_post_accumulate_grad_hook(_toucher(self.touch, name))  # type: ignore[no-untyped-call]
+                self._hooks.append(hook)
 
     def touch(self, name: str) -> None:
         self.done(name)
@@ -169,14 +173,17 @@ class Reducer:
         shared, what = state.shared, "the gradients' sum"
         size = len(shared.ranks)
         marks: list[torch.Tensor] = []
+        self._given.update(n for n in bucket.names if self.grad(n) is not None)  # it is dropped once it is on its way
         if bucket.marks:
-            held = [float(n in self.given or self.grad(n) is not None) for n in shared.names]
+            held = [float(n in self._given) for n in shared.names]
             marks = [torch.tensor(held, dtype=self.dtype(bucket), device=self.device)]
         if not shared.sharded:
             whole = [self.whole(n) for n in bucket.names]
-            flat = (
-                whole[0].view(-1) if len(whole) == 1 and not marks else torch.cat([w.view(-1) for w in whole] + marks)
-            )
+            if len(whole) == 1 and not marks:
+                return state.members.sum(whole[0].view(-1), what)
+            flat = torch.cat([w.view(-1) for w in whole] + marks)
+            for name in bucket.names:
+                self.drop(name)
             return state.members.sum(flat, what)
         splits = [sum(self.rows(n)[r] * self.width(n) for n in bucket.names) for r in range(size)]
         if len(bucket.names) == 1 and not marks:
@@ -198,7 +205,6 @@ class Reducer:
     def drop(self, name: str) -> None:
         """Give a gradient that is sent back, but not that there was one: the marks come last."""
         if self.grad(name) is not None:
-            self.given.add(name)
         if name in self.aliases:
             self.aliases[name].grad = None
 
@@ -223,6 +229,10 @@ class Reducer:
         gradient are left out."""
         for state in self.states:
             self.advance(state, all_of_them=True)
+        for (
+            hook
+        ) in self._hooks:  # a leaf, its hook and this Reducer would keep each other, and all that was sent, alive
+            hook.remove()
         found: dict[str, torch.Tensor] = {}
         with torch.no_grad():
             return self._landed(found)
@@ -230,7 +240,9 @@ class Reducer:
     def _landed(self, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for state in self.states:
             nobody: set[str] = set()
-            for sent in state.sent:
+            waiting, state.sent = deque(state.sent), []
+            while waiting:
+                sent = waiting.popleft()
                 flat, start = sent.flight.land(), 0
                 for name in sent.bucket.names:
                     shape = tuple(self.graph.tensor(name).shape_at(0))

@@ -74,7 +74,7 @@ class Shards:
                 )
         for name, ranks in chosen.items():
             self.of[name] = self._shard(name, members[ranks], meshes[ranks])
-        self._seen = self._versions()
+        self._seen, self._delivered = self._versions(), False
 
     def _shard(self, name: str, members: Members, mesh: DeviceMesh) -> Sharded:
         whole = self.holding.own[name]
@@ -98,6 +98,7 @@ class Shards:
 
     def deliver(self, name: str, grad: torch.Tensor) -> None:
         """Add a gradient (all of it, or this rank's rows) to the shard's ``.grad``."""
+        self._delivered = True
         entry = self.of[name]
         if self.level == 1:
             grad = grad.narrow(0, entry.start, entry.rows[entry.members.position]).clone()
@@ -122,14 +123,16 @@ class Shards:
 
     @property
     def changed(self) -> bool:
-        """Whether this rank's rows were written to since the last ``refresh``."""
-        return self.level in (1, 2) and self._versions() != self._seen
+        """Whether this rank's rows may have been written to since the last ``refresh``: an optimizer that updates many
+        tensors at once (``foreach``, ``fused``), or through ``.data``, moves no version counter on, so new gradients
+        count as well."""
+        return self.level in (1, 2) and (self._delivered or self._versions() != self._seen)
 
     def refresh(self) -> None:
         """Gather the rows that other ranks have changed into the whole parameters (zero 1 and 2). Collective."""
         with torch.no_grad():
             self.gather(self.of.values(), {n: e.whole.data for n, e in self.of.items()})
-        self._seen = self._versions()
+        self._seen, self._delivered = self._versions(), False
 
     def gather(self, entries: Iterable[Sharded], into: dict[str, torch.Tensor]) -> None:
         """All rows of each, from the ranks that have them: large ones where they belong, small ones packed."""

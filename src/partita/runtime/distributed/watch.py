@@ -35,6 +35,7 @@ from partita.torch_compat import tcp_store
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 6.0
+STORE_SECONDS = 10.0  # how long a request to the store may take
 FRESH_SECONDS = 3.5
 
 
@@ -74,7 +75,7 @@ class Watch:
         self._ended = threading.Event()
         self._term: tuple[socket.socket, socket.socket] | None = None
         self._prefix = ""
-        self._thread: threading.Thread | None = None
+        self._threads: tuple[threading.Thread, ...] = ()
         self._heard = 0.0
 
     # -- the main thread's side ----------------------------------------------------------------------------------------
@@ -149,25 +150,30 @@ class Watch:
             ("partita", os.environ.get("TORCHELASTIC_RUN_ID", "-"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         )
         self._store = tcp_store(
-            address, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10)
+            address, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=STORE_SECONDS)
         )
         self._listen_for_term()
         self._speak_plainly()
         self._beat()
-        self._thread = threading.Thread(target=self._serve, name="partita watch", daemon=True)
+        self._threads = (
+            threading.Thread(target=self._serve, name="partita watch", daemon=True),
+            threading.Thread(target=self._guard, name="partita guard", daemon=True),
+        )
         self._heard = time.monotonic()
-        self._thread.start()
-        threading.Thread(target=self._guard, name="partita guard", daemon=True).start()
+        for thread in self._threads:
+            thread.start()
         atexit.register(self.leave)
 
     def leave(self) -> None:
         """This rank has come to the end of its script."""
-        if self._ended.is_set() or self._thread is None:
+        if self._ended.is_set() or not self._threads:
             return
         self._ended.set()
         if self._term is not None:
             self._term[1].send(b"\0")  # wake the thread
-        self._thread.join(GRACE_SECONDS)  # one that wakes in the store while the interpreter ends aborts the process
+        until = time.monotonic() + STORE_SECONDS + GRACE_SECONDS
+        for thread in self._threads:  # one that wakes in the store while the interpreter ends aborts the process
+            thread.join(max(0.0, until - time.monotonic()))
         if self.notice is None:
             with contextlib.suppress(RuntimeError):
                 self._set(f"beat/{self.rank}", json.dumps({"end": True}))
