@@ -22,6 +22,7 @@ from partita.plan import Plan
 from partita.planners.constraints import Constraints
 from partita.planners.large.result import plan_large
 from partita.ranks import divide as divide_over_ranks
+from partita.ranks import verify as verify_over_ranks
 from partita.runtime.compare import Comparison, allow_rounding, compare, observe, observe64
 from partita.runtime.distributed import launched
 from partita.runtime.front import LazyParallel, device_names, dividing
@@ -238,13 +239,19 @@ def verify(
 
     ``devices`` None: those the plan names. Tensors beyond the tolerances are judged against the unsplit model in
     float64, whose own float32 rounding is allowed (and reported). The model, its gradients and the random state are
-    left as they were.
+    left as they were. In processes started by ``torchrun`` copies of the model are compared; every rank must call it.
     """
     args, kwargs = tuple(example_args), dict(example_kwargs or {})
     chosen = Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan
     if devices is None:
         devices = list(chosen.devices) if chosen is not None and chosen.devices else "auto"
-    parallel = parallelize(model, args, kwargs, devices=devices, plan=chosen)
+
+    def divided(subject: nn.Module) -> ParallelModule:
+        return parallelize(subject, args, kwargs, devices=devices, plan=chosen)
+
+    if launched():
+        return verify_over_ranks(model, args, kwargs, divided, rtol=rtol, atol=atol, seed=seed)
+    parallel = divided(model)
     try:
         expected = observe(model, model, args, kwargs, seed=seed)
         actual = observe(parallel, model, args, kwargs, seed=seed)

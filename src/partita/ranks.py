@@ -3,8 +3,9 @@ compared."""
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from partita.cluster import Cluster
 from partita.errors import PlanError, UsageError
 from partita.measure.ranks import rank_cluster
 from partita.plan import Plan
+from partita.plan_text import explain_later
+from partita.runtime.compare import Comparison, allow_rounding, compare, observe, observe64
 from partita.runtime.distributed import World, join_world
 from partita.runtime.distributed.holding import same_everywhere
 from partita.runtime.distributed.module import RankModule
@@ -43,6 +46,10 @@ def divide(
     same_random_state(world)
     note = same_everywhere(world, model)
     chosen = world.first("the plan", lambda: _of_ranks(choose(captured[0], cluster)))
+    if world.rank:
+        explain_later(
+            chosen, lambda: ("what more memory, other links or devices would bring: rank 0's explain() says",)
+        )
     if world.rank == 0:
         if note:
             print(f"partita: {note}", file=sys.stderr)
@@ -64,6 +71,28 @@ def _of_ranks(plan: Plan) -> Plan:
             f"[{', '.join(members(united[0]))}] as replicas or with tensor: {len(members(united[0]))}"
         )
     return plan
+
+
+def verify(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], divide: Callable[[nn.Module], nn.Module], *,
+    rtol: float, atol: float, seed: int,
+) -> Comparison:  # fmt: skip
+    """What a copy of the model, divided over the ranks, computes beside the undivided one on every rank; where it
+    differs on some rank, the first such rank's findings, on all. Collective."""
+    parallel = divide(copy.deepcopy(model))
+    assert isinstance(parallel, RankModule)
+    try:
+        plain = copy.deepcopy(model)
+        plain.load_state_dict(parallel.state_dict())  # rank 0's, where the ranks' models differed
+        expected = observe(plain, plain, args, kwargs, seed=seed)
+        actual = observe(parallel, parallel.module, args, kwargs, seed=seed, whole_gradients=parallel.gradients)
+        found = compare(expected, actual, rtol=rtol, atol=atol)
+        if not found.ok:
+            found = allow_rounding(found, expected, actual, observe64(plain, args, kwargs, seed=seed))
+        every = parallel.world.gather(found, "what the ranks found")
+        return next((other for other in every if not other.ok), found)
+    finally:
+        parallel.close()
 
 
 def _kept(into: list[Captured], captured: Captured) -> Captured:

@@ -46,6 +46,7 @@ __all__ = [
     "force_eager",
     "has_grad_hooks",
     "no_modes",
+    "local_part",
     "pytree",
     "safe_softmax",
     "storage_key",
@@ -184,3 +185,10 @@ def tcp_store(host: str, port: int, **options: Any) -> Any:
     from torch import distributed
 
     return distributed.TCPStore(host, port, **options)  # type: ignore[attr-defined]
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a DTensor what this process has of it; any other tensor itself. Public: ``DTensor.to_local``, which is an op
+    and would be counted as one."""
+    found: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return found

@@ -115,9 +115,11 @@ class Observed:
 
 
 def observe(
-    call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, seed: int = 1
-) -> Observed:
-    """Run ``call`` once with the given seed; the model's gradients and buffers are read, then put back."""
+    call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, seed: int = 1,
+    whole_gradients: Callable[[], dict[str, torch.Tensor]] | None = None,
+) -> Observed:  # fmt: skip
+    """Run ``call`` once with the given seed; the model's gradients and buffers are read, then put back.
+    ``whole_gradients``: gives them by name where the model's own parameters do not hold them."""
     kept_grads = {n: p.grad for n, p in model.named_parameters()}
     kept_buffers = {n: b.clone() for n, b in model.named_buffers()}
     kept_random = torch.get_rng_state(), random.getstate(), np.random.get_state()
@@ -134,7 +136,10 @@ def observe(
         if loss is not None:
             loss.backward()  # type: ignore[no-untyped-call]
         outputs = {n: t.detach().clone() for n, t in tensors_in(output)}
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        if whole_gradients is not None:
+            gradients = whole_gradients()
+        else:
+            gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         for i, leaf in enumerate(pytree.tree_leaves((own_args, own_kwargs))):
             if isinstance(leaf, torch.Tensor) and leaf.grad is not None:
                 gradients[f"input {i}"] = leaf.grad

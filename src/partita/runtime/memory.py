@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from partita.cost.memory import shares_memory
-from partita.torch_compat import TorchDispatchMode, pytree
+from partita.torch_compat import TorchDispatchMode, local_part, pytree
 
 if TYPE_CHECKING:
     from partita.runtime.module import ParallelModule
@@ -28,13 +28,13 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts storages made while it is active on this thread. ``live_bytes`` now, ``peak_bytes`` at the most.
 
     ``hold`` adds storages made elsewhere. ``adopt``: whatever an op reads is held from then on too (inputs, buffers),
-    except what ``ignore`` named or one of ``others`` made. A meter may be entered many times; what was alive stays
-    counted.
+    except what ``ignore`` named or one of ``others`` made. ``resized``: storages change their size behind the ops' back
+    (ZeRO 3), so every op looks at all. A meter may be entered many times; what was alive stays counted.
     """
 
-    def __init__(self, *, adopt: bool = False) -> None:
+    def __init__(self, *, adopt: bool = False, resized: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.adopt = adopt
+        self.adopt, self.resized = adopt, resized
         self.others: tuple[MemoryMeter, ...] = ()
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._made: dict[int, weakref.ref[Any]] = {}
@@ -102,6 +102,8 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         with self._lock:
             self._settle()  # the identity of a storage that is gone may be taken by another
+            if self.resized:
+                self._look_again()
         for tensor in _tensors(result):
             key = id(tensor.untyped_storage())
             if key in self._known or key not in given:  # a view or an in-place result makes nothing
@@ -128,6 +130,14 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._known[key] = (weakref.ref(storage, lambda ref: gone.append((key, ref))), size)
                 self._live += size
             self._peak = max(self._peak, self._live)
+
+    def _look_again(self) -> None:
+        for key, (ref, before) in self._known.items():
+            storage = ref()
+            if storage is not None and storage.nbytes() != before:
+                self._known[key] = ref, storage.nbytes()
+                self._live += storage.nbytes() - before
+        self._peak = max(self._peak, self._live)
 
     def _settle(self) -> None:
         """Take off what has gone. A finalizer may run at any allocation, so it only leaves a note; no lock there."""
@@ -159,7 +169,8 @@ def counted_on(device: str) -> Iterator[None]:
 
 def storage_bytes(values: Iterable[torch.Tensor]) -> int:
     """Bytes of the distinct storages behind these tensors."""
-    return sum({id(s): s.nbytes() for s in (t.untyped_storage() for t in values)}.values())
+    storages = [t.untyped_storage() for t in _tensors(list(values))]
+    return sum({id(s): s.nbytes() for s in storages}.values())
 
 
 def measure_memory(
@@ -284,4 +295,4 @@ def _under(meters: Mapping[str, MemoryMeter], device: str, job: Callable[[], Non
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
+    return [local_part(t) for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]

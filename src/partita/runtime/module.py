@@ -244,19 +244,27 @@ class ParallelModule(nn.Module):
         finally:
             self.record = before
 
-    def measure_memory(self, *args: Any, **kwargs: Any) -> dict[str, int]:
+    def measure_memory(
+        self, *args: Any, optimizer: torch.optim.Optimizer | None = None, **kwargs: Any
+    ) -> dict[str, int]:
         """Peak bytes on each device in one ``train_step`` of this call; in eval mode, in one forward.
 
-        Parameters a device keeps, gradients, activations, what it received; ``"caller"``: made outside the devices.
+        Parameters a device keeps, gradients, the state ``optimizer`` has now, activations, what it received;
+        ``"caller"``: made outside the devices.
         Gradients are afterwards as they were; ``trace`` is the step's, with its ``memory``.
         """
-        from partita.runtime.memory import measure_memory
-
         with self.tracing():
-            found = measure_memory(self, args, kwargs)
+            found = self._peaks(args, kwargs, optimizer)
         if self.trace is not None:
             self.trace = replace(self.trace, memory=tuple(found.items()))
         return found
+
+    def _peaks(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], optimizer: torch.optim.Optimizer | None
+    ) -> dict[str, int]:
+        from partita.runtime.memory import measure_memory
+
+        return measure_memory(self, args, kwargs, optimizer=optimizer)
 
     def _check_loss(self, graph: Graph) -> None:
         """Refuse a step whose end is not one number that depends on the parameters."""

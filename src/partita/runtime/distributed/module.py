@@ -24,6 +24,7 @@ from partita.runtime.distributed.collective import spread
 from partita.runtime.distributed.cutting import cut_pieces
 from partita.runtime.distributed.engine import Distributed
 from partita.runtime.distributed.holding import Holding, is_absent
+from partita.runtime.distributed.memory import Held, held, measure_rank
 from partita.runtime.distributed.messages import Sent, rank_of
 from partita.runtime.distributed.shards import Shards
 from partita.runtime.distributed.world import World
@@ -160,21 +161,21 @@ class RankModule(ParallelModule):
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Every parameter's gradient whole, by name, on every rank; those that have none are left out. Collective."""
-        found: dict[str, torch.Tensor] = {}
-        for name in self.holding.parameters:
-            owner, mine = self.holding.first(name), None
-            if self.holding.holds(name):
-                own = self.holding.own[name].grad
-                mine = self.shards.gradient(name) if name in self.shards.of else own
-                mine = self.holding.whole(name, mine) if mine is not None else None
-            if self.world.rank != owner:
-                mine = None
-            mark = torch.tensor([float(mine is not None)])
-            with self.world.watch.waiting(f"the gradient of {name}"):
-                dist.broadcast(mark, src=owner, group=self.world.control)
-            if mark.item():
-                found[name] = spread(self.world, mine, owner, f"the gradient of {name}")
-        return found
+        mine: dict[str, torch.Tensor] = {}
+        for name in filter(self.holding.holds, self.holding.parameters):
+            grad = self.shards.gradient(name) if name in self.shards.of else self.holding.own[name].grad
+            if grad is not None:
+                mine[name] = self.holding.whole(name, grad)
+        first = {n: self.holding.first(n) for n in self.holding.parameters}
+        there = torch.tensor([float(first[n] == self.world.rank and n in mine) for n in first])
+        with self.world.watch.waiting("which parameters have gradients"):
+            dist.all_reduce(there, group=self.world.control)
+        return {
+            name: spread(
+                self.world, mine[name] if owner == self.world.rank else None, owner, f"the gradient of {name}"
+            )
+            for (name, owner), given in zip(first.items(), there.tolist(), strict=True) if given
+        }  # fmt: skip
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """``torch.nn.utils.clip_grad_norm_`` over the parameters of all ranks (that function itself would see only
@@ -208,6 +209,15 @@ class RankModule(ParallelModule):
 
     def _first_of_set(self, name: str) -> bool:
         return self.holding.of[name].of(self.world.rank)[0] == self.world.rank
+
+    def held(self, optimizer: torch.optim.Optimizer | None = None) -> Held:
+        """Bytes of this rank's parameters, gradients and optimizer state now."""
+        return held(self, optimizer)
+
+    def _peaks(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], optimizer: torch.optim.Optimizer | None
+    ) -> dict[str, int]:
+        return measure_rank(self, args, kwargs, optimizer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankModule:
         if self.shards.level:
