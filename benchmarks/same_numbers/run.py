@@ -3,8 +3,8 @@
 ``python -m benchmarks.same_numbers [--tensor T [--stages S]] [NAME ...]`` needs the zoo (``../shared/zoo`` or
 PARTITA_ZOO) and its packages.
 Cases: two and three parts, one and four microbatches, at the example batch and at five samples (which do not divide),
-dropout on and off; with ``--tensor`` every op divided by T devices, in S stages. Prints how each model was captured
-and the largest relative difference; exits 1 when one differs.
+dropout on and off; with ``--tensor`` the planner's plan under ``constraints={"tensor": T, "stages": S}`` for each S
+given. Prints how each model was captured and the largest relative difference; exits 1 when one differs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ from torch import nn
 from partita.capture import Captured, capture
 from partita.cluster import Cluster, Device
 from partita.cost.blocks import legal_cuts
+from partita.errors import InfeasibleError, PlanError
 from partita.graph import Graph
+from partita.lockstep import can_synchronise
 from partita.manual import plan_live, stage_names
 from partita.plan import Batch, Plan, Stage
+from partita.planners.auto import auto
 from partita.runtime.compare import Comparison, compare, observe
 from partita.runtime.live import children_bytes
 from partita.runtime.module import ParallelModule
@@ -89,6 +92,19 @@ def even_plan(graph: Graph, case: Case) -> Plan:
     )
 
 
+def planned(graph: Graph, case: Case) -> Plan:
+    """The planner's: every op divided by ``case.tensor`` devices, over ``case.parts`` stages."""
+    cluster = replace(CLUSTER, devices=CLUSTER.devices[: case.tensor * case.parts])
+    synchronised = can_synchronise(graph)
+    try:
+        found = auto(graph, layouts(graph), cluster, sync_batch_norm=synchronised,
+                     constraints={"tensor": case.tensor, "stages": case.parts})  # fmt: skip
+    except (PlanError, InfeasibleError) as error:  # it has no place for a cut, say
+        print(f"  planned by hand, as the planner says: {error}", file=sys.stderr)
+        return even_plan(graph, case)
+    return replace(found, batch=replace(found.batch, microbatches=case.microbatches), schedule=case.schedule)
+
+
 def joined(calls: list[Any], batch: int) -> Any:
     """The calls' inputs one after the other along the batch: five samples of twos."""
     flat = [pytree.tree_flatten(call) for call in calls]
@@ -137,7 +153,7 @@ def comparisons(name: str, build: Any, cases: tuple[Case, ...] = CASES) -> Itera
             devices = [d.name for d in CLUSTER.devices[: case.parts]]
             plan = plan_live(children_bytes(model), name, devices, reason=captured.live)
         else:
-            plan = even_plan(captured.graph, case)
+            plan = planned(captured.graph, case) if case.tensor > 1 else even_plan(captured.graph, case)
         divided = ParallelModule(model, plan, CLUSTER)
         try:
             found = compare(observe(model, model, *fresh), observe(divided, model, *fresh))
@@ -166,9 +182,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Zoo models divided and compared with themselves undivided.")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--tensor", type=int, default=1, help="devices that divide every op among them")
-    parser.add_argument("--stages", type=int, default=1, help="stages, with --tensor")
+    parser.add_argument("--stages", default="1,2", help="numbers of stages, with --tensor")
     given = parser.parse_args()
-    chosen = CASES if given.tensor == 1 else tensor_cases(given.tensor, given.stages)
+    stages = map(int, given.stages.split(","))
+    chosen = CASES if given.tensor == 1 else tuple(c for s in stages for c in tensor_cases(given.tensor, s))
     torch.set_num_threads(1)
     wrong = 0
     zoo = entries()

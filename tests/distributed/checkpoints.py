@@ -2,7 +2,8 @@
 
 A job is ``load=FROM,save=TO,plan=NAME`` (a plan of ``plans``, with as many ranks as there are); its model and optimizer
 begin with other numbers than any checkpoint has. Rank 0 prints the losses of two further steps after the save.
-``die=RANK``: that rank is killed in the middle of a second save into the same folder.
+``die=RANK``: that rank goes wrong in the middle of a second save into the same folder, as ``how`` says: 'kill',
+'stop' (SIGSTOP), 'hang' (its main thread sleeps), 'raise'.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import partita
 from partita import checkpoint
 from partita.plan import Batch, Plan, Stage
 from tests.distributed.models import FAMILIES, loss_of
+from tests.distributed.spawn import say_when
 
 FAMILY = FAMILIES["tied"]
 BATCH = 8
@@ -75,7 +78,13 @@ def run(job: dict[str, str], rank: int) -> list[float]:
 
             def die(handle: Any) -> None:
                 synced(handle)
-                os.kill(os.getpid(), signal.SIGKILL)
+                say_when()
+                how = job.get("how", "kill")
+                if how == "raise":
+                    raise RuntimeError("the cooling has failed")
+                if how == "hang":
+                    time.sleep(1000)
+                os.kill(os.getpid(), signal.SIGSTOP if how == "stop" else signal.SIGKILL)
 
             os.fsync = die
         checkpoint.save(job["save"], pm, optimizer, step=4)

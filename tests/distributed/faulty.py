@@ -16,6 +16,7 @@ from torch import nn
 
 import partita
 from partita.plan import Batch, Plan, Stage
+from tests.distributed.spawn import say_when
 
 what, where, culprit = sys.argv[1], sys.argv[2], int(sys.argv[3])
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -23,6 +24,7 @@ armed = False
 
 
 def go_wrong() -> None:
+    say_when()
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "stop":

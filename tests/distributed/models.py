@@ -137,6 +137,11 @@ class ViT(nn.Module):
         return self.head(self.norm(x[:, 0]))
 
 
+def wide() -> nn.Module:
+    """Weights large enough to be summed and gathered alone, not packed with others."""
+    return nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 4500), nn.ReLU(), nn.Linear(4500, 16), nn.Linear(16, 10))
+
+
 @dataclass(frozen=True)
 class Family:
     """``parts``: what a stage may begin with, in order; ``inputs(batch)`` and ``target(batch)`` draw one batch."""
@@ -175,6 +180,8 @@ FAMILIES: dict[str, Family] = {
                   lambda b: torch.randint(10, (b,))),
     "vit": Family(ViT, (("patch",), ("blocks.0",), ("blocks.1",), ("blocks.2",), ("norm", "head")), _image,
                   lambda b: torch.randint(10, (b,))),
+    "wide": Family(wide, (("0",), ("1", "2"), ("3",), ("4",)), lambda b: (torch.randn(b, 24),),
+                   lambda b: torch.randint(10, (b,))),
 }  # fmt: skip
 
 

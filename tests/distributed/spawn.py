@@ -20,12 +20,22 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @dataclass(frozen=True)
 class Ended:
-    """One rank's end: its exit code (negative: the signal), what it wrote, seconds after the start."""
+    """One rank's end: its exit code (negative: the signal), what it wrote, seconds after the start. ``wrong``: when it
+    said ``goes wrong at`` (0: never)."""
 
     code: int
     out: str
     err: str
     seconds: float
+    wrong: float = 0.0
+
+
+GOES_WRONG = "goes wrong at "
+
+
+def say_when() -> None:
+    """The culprit's last word."""
+    print(f"{GOES_WRONG}{time.monotonic()}", file=sys.stderr, flush=True)
 
 
 def free_port() -> int:
@@ -46,7 +56,8 @@ def environment(size: int, rank: int, port: int, extra: Mapping[str, str] | None
 def run_ranks(
     size: int, command: Sequence[str], *, timeout: float = 120.0, env: Mapping[str, str] | None = None
 ) -> list[Ended]:
-    """Run ``python *command`` on each rank, and wait for all; those that outlive ``timeout`` seconds are killed."""
+    """Run ``python *command`` on each rank, and wait for all; those that outlive ``timeout`` seconds, or a minute after
+    the others (a stopped one does), are killed."""
     port, start = free_port(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as files:
         ranks = []
@@ -60,6 +71,8 @@ def run_ranks(
             ranks.append((process, out, err))
         ended: dict[int, float] = {}
         while len(ended) < size and time.monotonic() - start < timeout:
+            if len(ended) == size - 1 and time.monotonic() - start > max(ended.values(), default=start) + 60:
+                break
             for rank, (process, _, _) in enumerate(ranks):
                 if rank not in ended and process.poll() is not None:
                     ended[rank] = time.monotonic() - start
@@ -74,5 +87,7 @@ def run_ranks(
             for file in (out, err):
                 file.seek(0)
                 texts.append(file.read())
-            found.append(Ended(process.returncode, *texts, ended.get(rank, float("inf"))))
+            when = [float(line.removeprefix(GOES_WRONG)) for line in texts[1].splitlines() if GOES_WRONG in line]
+            wrong = when[0] - start if when else 0.0
+            found.append(Ended(process.returncode, *texts, ended.get(rank, float("inf")), wrong))
         return found

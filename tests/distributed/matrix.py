@@ -1,0 +1,318 @@
+"""The whole product of plans, models and ranks, each against the unsplit model: ``python -m tests.distributed.all``.
+
+    parent    captures each model once, works out which cases are equal by construction
+      forks   a child that trains the unsplit models, once each
+      forks   2 ranks, 3 ranks, ...: a process group for all cases of that size, a line a case into the results file
+
+A case whose Program is that of an earlier one, and of whose parameters no two ranks hold the same part where the ZeRO
+level differs, is equal by construction and is not run again: with one microbatch a replica on one stage all schedules
+are one list of instructions, and ZeRO has nothing to shard where nothing is held twice.
+
+Results are kept, a JSON line a case: a second call goes on where the first one ended. ``--again``: those that failed,
+too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import faulthandler
+import gc
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import partita.api
+import partita.runtime.bind
+import partita.runtime.distributed.module
+import partita.runtime.local
+from partita.capture import Captured, capture
+from partita.cluster import Cluster, Device
+from partita.divide import Division, divide
+from partita.graph import Graph
+from partita.lower import lower
+from partita.plan import Plan
+from partita.runtime.distributed import join_world
+from partita.runtime.distributed.boxes import boxes
+from partita.sharding.batch import BatchLayouts, layouts
+from tests.distributed.cases import Case, beginning, outcome, plan_of, product_of, reference, run
+from tests.distributed.models import FAMILIES
+from tests.distributed.spawn import free_port
+
+SIZES = (2, 3, 4, 6, 8)
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(tempfile.gettempdir()) / "partita-matrix.jsonl"
+SILENCE_SECONDS = 180.0
+
+
+# -- equal by construction ---------------------------------------------------------------------------------------------
+
+
+def apart(cases: Sequence[Case], graphs: dict[str, Captured]) -> tuple[list[Case], Counter[str]]:
+    """The cases that differ from every earlier one, and how many others are equal to one, by the reason."""
+    seen: dict[object, Case] = {}
+    kept, equal = [], Counter[str]()
+    for case in cases:
+        graph = graphs[case.model].graph
+        plan = plan_of(case)
+        found = layouts(graph, batch_norm=plan.batch_norm)
+        division = divided(graph, found, plan, batch=graph.batch)
+        program = lower(graph, found, plan, batch=graph.batch, division=division)
+        held = boxes(program, [t.name for t in graph.of_role("parameter")], case.ranks, division)
+        shared = any(len(ranks) > 1 for box in held.values() for ranks in box.sets)
+        key = case.model, program, case.tp, case.zero if shared else 0
+        if key not in seen:
+            seen[key] = case
+            kept.append(case)
+        elif seen[key].schedule != case.schedule or seen[key].microbatches != case.microbatches:
+            equal["the same instructions under another schedule or number of microbatches"] += 1
+        else:
+            equal["ZeRO where no two ranks hold the same part of a parameter"] += 1
+    return kept, equal
+
+
+# -- one rank ----------------------------------------------------------------------------------------------------------
+
+_current = [""]
+_captures: dict[object, Captured] = {}
+
+
+def remembered(model: torch.nn.Module, args: Any = (), kwargs: Any = None, **options: Any) -> Captured:
+    """``capture``, once for each kind of call of a model: cases differ in the plan, not in the model."""
+    forward = options.get("forward") or model
+    key = _current[0], type(forward).__name__, model.training, torch.is_grad_enabled()
+    if key not in _captures:
+        found = capture(model, args, kwargs, **options)
+        if found.effects or found.opaques:  # bound to this very model
+            return found
+        _captures[key] = found
+    return _captures[key]
+
+
+_divisions: dict[object, Division | None] = {}
+
+
+def divided(graph: Graph, layouts: BatchLayouts, plan: Plan, *, batch: int) -> Division | None:
+    """``divide``, once for each way to lay the stages: neither schedule nor ZeRO level matter to it."""
+    key = id(graph), plan.stages, plan.batch, batch
+    if key not in _divisions:
+        _divisions[key] = divide(graph, layouts, plan, batch=batch)
+    return _divisions[key]
+
+
+def remember() -> None:
+    """Capture and divide once, not in every case."""
+    partita.api.capture = remembered  # type: ignore[attr-defined]
+    partita.runtime.bind.capture = remembered  # type: ignore[attr-defined]
+    for module in (partita.runtime.distributed.module, partita.runtime.local):
+        module.divide = divided  # type: ignore[attr-defined]
+
+
+def serve(cases: Sequence[Case], references: Path, results: Path, until: float, stamp: str) -> None:
+    """Run cases on this rank until they or the time are over; rank 0 writes the results."""
+    torch.set_num_threads(1)
+    world = join_world()
+    devices = tuple(Device(f"cpu:{r}", "cpu", 1 << 34, 1e10, 1e10) for r in range(world.size))
+    known: dict[str, Any] = {}
+    with open(results, "a") as file:
+        for case in cases:
+            if world.from_first(time.time() > until, "whether there is time"):
+                break
+            _current[0] = case.model
+            if case.model not in known:
+                known[case.model] = torch.load(references / case.model, weights_only=False)
+            began = time.monotonic()
+            if world.rank == 0:
+                (references / "running").write_text(str(case))
+            problems = outcome(case, lambda c: run(c, Cluster(devices), known[c.model]))
+            every = world.gather(problems, "the results of a case")
+            problems = [f"rank {r}: {p}" for r, found in enumerate(every) for p in found]
+            if world.rank == 0:
+                write(file, case, problems, time.monotonic() - began, stamp)
+            gc.collect()
+
+
+def write(file: Any, case: Case, problems: Sequence[str], seconds: float, stamp: str) -> None:
+    line = {"case": str(case), "ranks": case.ranks, "count": len(problems), "problems": list(problems[:4]),
+            "seconds": round(seconds, 2), "code": stamp}  # fmt: skip
+    file.write(json.dumps(line) + "\n")
+    file.flush()
+    print(f"{'ok  ' if not problems else 'FAIL'} {case.ranks} ranks  {case}  {seconds:.1f} s", *problems[:2],
+          sep="\n     ", flush=True)  # fmt: skip
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def forked(work: Callable[[], None], log: Path, environment: dict[str, str] | None = None) -> int:
+    """The process that does ``work``; what it says on stderr goes into ``log``."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.environ.update(environment or {})
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        faulthandler.enable()
+        work()
+        code = 0
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def together(size: int, work: Callable[[], None], results: Path, folder: Path) -> bool:
+    """Run ``work`` on so many ranks; whether all ended well. Ranks that are silent for long are killed."""
+    port = free_port()
+    children = {}
+    for rank in range(size):
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_PORT": str(port),
+                       "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "PARTITA_STALL": "90"}  # fmt: skip
+        children[forked(work, folder / f"{rank}.err", environment)] = rank
+    codes: dict[int, int] = {}
+    written, since = -1, time.monotonic()
+    while len(codes) < size:
+        for child in set(children) - set(codes):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        now = results.stat().st_size if results.exists() else 0
+        if now != written:
+            written, since = now, time.monotonic()
+        if time.monotonic() - since > SILENCE_SECONDS:
+            for child in set(children) - set(codes):
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.1)
+    return not any(codes.values())
+
+
+def last_words(folder: Path, size: int) -> list[str]:
+    found = []
+    for rank in range(size):
+        path = folder / f"{rank}.err"
+        lines = path.read_text().strip().splitlines() if path.exists() else []
+        if lines:
+            found.append(f"rank {rank} ended: {lines[-1][:400]}")
+    return found or ["the ranks stood still"]
+
+
+def fingerprint() -> str:
+    """Of the code that the results are of."""
+    found = hashlib.sha256()
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:10]
+
+
+def known(results: Path) -> dict[str, dict[str, Any]]:
+    """The last result of each case."""
+    if not results.exists():
+        return {}
+    lines = (json.loads(line) for line in results.read_text().splitlines())
+    return {found["case"]: found for found in lines}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.distributed.all", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("--ranks", default=",".join(map(str, SIZES)))
+    parser.add_argument("--models", default=",".join(FAMILIES))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--seconds", type=float, default=1e9, help="end after so long; the next call goes on")
+    parser.add_argument("--again", action="store_true", help="run those that failed again")
+    parser.add_argument("--only", default="", help="cases that begin with this, whether they have results or not")
+    parser.add_argument("--summary", action="store_true", help="run nothing")
+    given = parser.parse_args(words)
+    began = time.time()
+    torch.set_num_threads(1)
+    models = given.models.split(",")
+    remember()
+    graphs = {}
+    for model in models:
+        _current[0] = model
+        made, inputs, _ = beginning(FAMILIES[model], Case(model, 1, 1).rows)
+        graphs[model] = remembered(made, inputs, {})
+    wanted: dict[int, list[Case]] = {}
+    equal: Counter[str] = Counter()
+    for size in map(int, given.ranks.split(",")):
+        wanted[size], others = apart([c for c in product_of(size) if c.model in models], graphs)
+        equal += others
+        random.Random(size).shuffle(wanted[size])  # what there was time for is a fair sample
+    if not given.summary:
+        folder = Path(tempfile.mkdtemp())  # not a TemporaryDirectory: each child would remove it at its end
+        try:
+            _run(wanted, given, folder, began + given.seconds, models)
+        finally:
+            shutil.rmtree(folder)
+    return summary(wanted, known(given.results), equal)
+
+
+def _run(
+    wanted: dict[int, list[Case]], given: argparse.Namespace, folder: Path, until: float, models: list[str]
+) -> None:
+    def refer() -> None:
+        for model in models:
+            torch.save(reference(FAMILIES[model], Case(model, 1, 1).rows), folder / model)
+
+    os.waitpid(forked(refer, folder / "reference.err"), 0)
+    stamp, tried = fingerprint(), set[Case]()
+    for size, cases in wanted.items():
+        while time.time() < until:
+            left = [c for c in cases if c not in tried and wants(c, known(given.results), given)]
+            if not left:
+                break
+            running = folder / "running"
+            running.write_text("")
+            if together(
+                size, lambda left=left: serve(left, folder, given.results, until, stamp), given.results, folder
+            ):  # type: ignore[misc]
+                break
+            if not running.read_text():
+                print("\n".join(last_words(folder, size)))
+                break
+            died = Case.read(running.read_text())
+            tried.update(left[: left.index(died) + 1])
+            with open(given.results, "a") as file:
+                write(file, died, last_words(folder, size), 0.0, stamp)
+
+
+def wants(case: Case, done: dict[str, dict[str, Any]], given: argparse.Namespace) -> bool:
+    if given.only:
+        return str(case).startswith(given.only)
+    return str(case) not in done or (given.again and bool(done[str(case)]["count"]))
+
+
+def summary(wanted: dict[int, list[Case]], done: dict[str, dict[str, Any]], equal: Counter[str]) -> int:
+    """Print what was found, by ranks and by reason; 1 where something differs or was not run."""
+    wrong, missing = Counter[str](), 0
+    print("\nranks  cases  equal  different  not run  seconds")
+    for size, cases in wanted.items():
+        found = [done[str(c)] for c in cases if str(c) in done]
+        bad = [f for f in found if f["count"]]
+        missing += len(cases) - len(found)
+        for each in bad:
+            wrong[each["problems"][0].split(": ", 1)[-1].split(" off by")[0]] += 1
+        print(f"{size:5}  {len(cases):5}  {len(found) - len(bad):5}  {len(bad):9}  {len(cases) - len(found):7}  "
+              f"{sum(f['seconds'] for f in found):7.0f}")  # fmt: skip
+    for reason, count in equal.most_common():
+        print(f"not run, equal by construction: {count} ({reason})")
+    for reason, count in wrong.most_common(20):
+        print(f"different: {count} ({reason})")
+    codes = Counter(done[str(c)]["code"] for cases in wanted.values() for c in cases if str(c) in done)
+    print("code " + ", ".join(f"{code}: {count}" for code, count in codes.most_common()))
+    return int(bool(wrong) or missing > 0)
