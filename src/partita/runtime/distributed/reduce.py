@@ -140,7 +140,7 @@ class Reducer:
         self.states = [_State(s, members(s.ranks)) for s in sums.shared]
         self.state_of = {n: state for state in self.states for n in state.shared.names}
         self._hooks: list[Any] = []
-        self._given: set[str] = set()  # parameters for which this rank had a gradient when it was sent
+        self.given: set[str] = set()
 
     def watch_leaves(self) -> None:
         """Have autograd tell when it has come to a leaf (not where gradients are put off until W)."""
@@ -173,9 +173,8 @@ class Reducer:
         shared, what = state.shared, "the gradients' sum"
         size = len(shared.ranks)
         marks: list[torch.Tensor] = []
-        self._given.update(n for n in bucket.names if self.grad(n) is not None)  # it is dropped once it is on its way
         if bucket.marks:
-            held = [float(n in self._given) for n in shared.names]
+            held = [float(n in self.given or self.grad(n) is not None) for n in shared.names]
             marks = [torch.tensor(held, dtype=self.dtype(bucket), device=self.device)]
         if not shared.sharded:
             whole = [self.whole(n) for n in bucket.names]
@@ -205,6 +204,7 @@ class Reducer:
     def drop(self, name: str) -> None:
         """Give a gradient that is sent back, but not that there was one: the marks come last."""
         if self.grad(name) is not None:
+            self.given.add(name)
         if name in self.aliases:
             self.aliases[name].grad = None
 
@@ -229,9 +229,7 @@ class Reducer:
         gradient are left out."""
         for state in self.states:
             self.advance(state, all_of_them=True)
-        for (
-            hook
-        ) in self._hooks:  # a leaf, its hook and this Reducer would keep each other, and all that was sent, alive
+        for hook in self._hooks:  # or leaf, hook and Reducer would keep each other, and all that was sent, alive
             hook.remove()
         found: dict[str, torch.Tensor] = {}
         with torch.no_grad():
