@@ -4,9 +4,10 @@
     sums             head ─▶        block 3 ─▶       block 2 ─▶       block 1 ─▶      embedding, marks ─▶
 
 A parameter's gradient is complete when autograd has come to its leaf in this rank's last backward; it is sent as
-soon as it and all before it in the fixed order (last used, first sent) are. Large gradients are sent from where they
-lie; small ones are packed into flat buckets. The last bucket carries a mark for each parameter, so that one for
-which no rank has a gradient gets none. Of a sharded parameter (ZeRO 2 and 3) each rank gets its rows of the sum.
+soon as it and all before it in the fixed order are (the last to be first used goes first: a tied table's gradient is
+complete at the end). Large gradients are sent from where they lie; small ones are packed into flat buckets. The last
+bucket carries a mark for each parameter, so that one for which no rank has a gradient gets none. Of a
+sharded parameter (ZeRO 2 and 3) each rank gets its rows of the sum.
 """
 
 from __future__ import annotations
@@ -66,12 +67,12 @@ def sums(
     """``holders``: graph name of each parameter that wants a gradient -> the ranks that sum it with this one.
     ``graph``: this rank's. ``silent``: those to which this rank adds nothing. ``large(ranks)``: from how many bytes
     on a gradient goes alone."""
-    last: dict[str, int] = {}
+    first: dict[str, int] = {}  # backward has all of a gradient when it comes to the first use: a tied weight's is late
     for position, op in enumerate(graph.ops):
         for name in op.uses():
             if name in holders:
-                last[name] = position
-    ordered = sorted((n for n, r in holders.items() if len(r) > 1 and rank in r), key=lambda n: (-last.get(n, 0), n))
+                first.setdefault(name, position)
+    ordered = sorted((n for n, r in holders.items() if len(r) > 1 and rank in r), key=lambda n: (-first.get(n, 0), n))
     shared = []
     for ranks, split in sorted({(holders[n], n in sharded) for n in ordered}):
         names = tuple(n for n in ordered if (holders[n], n in sharded) == (ranks, split))
