@@ -47,17 +47,17 @@ def layer_bytes(graph: Graph, degree: int, sequence: bool, samples: int) -> floa
 
 @pytest.mark.parametrize("samples", [1, 4])
 def test_a_layer_keeps_the_bytes_korthikanti_counts(graph: Graph, samples: int) -> None:
-    """34 s b h + 5 a s^2 b (2022, equation 1), and here the causal mask of s^2 bytes, once."""
+    """34 s b h + 5 a s^2 b (2022, equation 1), and here the causal mask of s^2 bytes, once, and two norms' statistics."""
     s, b, h, a = LENGTH, samples, HIDDEN, HEADS
-    assert layer_bytes(graph, 1, False, samples) == 34 * s * b * h + 5 * a * s * s * b + s * s
+    assert layer_bytes(graph, 1, False, samples) == 34 * s * b * h + 5 * a * s * s * b + s * s + 16 * s * b
 
 
 def test_tensor_degrees_leave_ten_parts_whole_and_sequence_division_none(graph: Graph) -> None:
     """s b h (10 + 24/t) + 5 a s^2 b / t (equation 2); all of it over t with the sequence divided (equation 4)."""
     s, h, a, t = LENGTH, HIDDEN, HEADS, 4
     scores = 5 * a * s * s / t + s * s
-    assert layer_bytes(graph, t, False, 1) == s * h * (10 + 24 / t) + scores
-    assert layer_bytes(graph, t, True, 1) == 34 * s * h / t + scores
+    assert layer_bytes(graph, t, False, 1) == s * h * (10 + 24 / t) + scores + 16 * s
+    assert layer_bytes(graph, t, True, 1) == 34 * s * h / t + scores + 16 * s
 
 
 def test_zero_divides_as_published() -> None:

@@ -164,6 +164,16 @@ def quickest(run: object, times: int = 60) -> float:
     return min(seconds)
 
 
+def many_small_ops() -> nn.Module:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU()) for _ in range(24)))
+
+
+def slowness() -> float:
+    """How many times longer than 1.5 ms this machine takes for 72 small ops; at least 1."""
+    model, x = many_small_ops(), torch.randn(4, 4)
+    return max(1.0, quickest(lambda: model(x)) / 1.5e-3)
+
+
 @pytest.mark.slow
 def test_an_instruction_costs_at_most_30_microseconds_beyond_its_ops() -> None:
     """64 microbatches of one op, against plain PyTorch doing the same 64 forwards and backwards."""
@@ -177,14 +187,13 @@ def test_an_instruction_costs_at_most_30_microseconds_beyond_its_ops() -> None:
 
     extra = quickest(lambda: parallel.train_step(x, x)) - quickest(plain)
     print(f"\n{extra / 128 * 1e6:.1f} microseconds an instruction")
-    assert extra / 128 < 30e-6
+    assert extra / 128 < 30e-6 * slowness()
 
 
 def test_a_call_on_one_device_costs_less_than_a_millisecond_more_than_the_plain_call() -> None:
     """72 ops that take next to no time themselves; benchmarks.overhead says what calls of real size cost."""
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU()) for _ in range(24)))
-    x = torch.randn(4, 4)
+    model, x = many_small_ops(), torch.randn(4, 4)
     parallel = divided(model, (x,))
     extra = quickest(lambda: parallel(x)) - quickest(lambda: model(x))
     print(f"\n{extra * 1e3:.2f} ms a call")
-    assert extra < 1e-3
+    assert extra < 1e-3 * slowness()

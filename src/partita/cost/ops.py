@@ -132,6 +132,8 @@ def saved_tensors(graph: Graph, op: Op) -> tuple[str, ...]:
     if kind == "output":
         return outputs[:1]
     inputs = tuple(n for n in op.uses() if graph.tensor(n).role in ("op", "input"))
+    if short(op.target) in ("div", "div_") and len(inputs) < 2:
+        return ()
     if short(op.target) in PRODUCTS:  # of two factors each is needed for the other's gradient
         wanted = [n for n in op.uses() if graph.tensor(n).needs_grad]
         inputs = tuple(n for n in inputs if any(other != n for other in wanted) or op.uses() == (n,))
