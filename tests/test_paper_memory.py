@@ -47,7 +47,7 @@ def layer_bytes(graph: Graph, degree: int, sequence: bool, samples: int) -> floa
 
 @pytest.mark.parametrize("samples", [1, 4])
 def test_a_layer_keeps_the_bytes_korthikanti_counts(graph: Graph, samples: int) -> None:
-    """34 s b h + 5 a s^2 b (2022, equation 1), and here the causal mask of s^2 bytes, once, and two norms' statistics."""
+    """34 s b h + 5 a s^2 b (2022, equation 1), here with the causal mask, once, and two norms' statistics."""
     s, b, h, a = LENGTH, samples, HIDDEN, HEADS
     assert layer_bytes(graph, 1, False, samples) == 34 * s * b * h + 5 * a * s * s * b + s * s + 16 * s * b
 
