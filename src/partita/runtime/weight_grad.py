@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from partita.cost.surge import PUT_OFF
+
 
 class Share(Protocol):
     """What a queue asks of ``weight_share.Shared``."""
@@ -234,7 +236,7 @@ def embedding(
     return result
 
 
-WEIGHT_ARGUMENT = {"aten.linear.default": 1, "aten.addmm.default": 2, "aten.embedding.default": 0}
+WEIGHT_ARGUMENT = {f"aten.{name}.default": position for name, position in PUT_OFF.items()}
 APART: dict[str, Callable[..., Any]] = {
     "aten.linear.default": linear,
     "aten.addmm.default": addmm,
