@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,10 @@ from partita.planners.auto import auto
 from partita.predict import predict
 from partita.runtime.memory import measure_memory
 from partita.runtime.module import ParallelModule
+from partita.runtime.transport import Exchange
 from partita.sharding.batch import layouts
+
+RECEIVE = Exchange.receive
 
 
 class Residual(nn.Module):
@@ -51,22 +56,42 @@ def square(y: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return y.square().mean()
 
 
+LAG_SECONDS = 0.03
+
+
+def lagging(monkeypatch: pytest.MonkeyPatch, late: str) -> None:
+    """Let this device ('': none) take every message late, so that what others have sent it waits with them."""
+
+    def receive(exchange: Exchange, device: str, key: Hashable) -> object:
+        if device == late:
+            time.sleep(LAG_SECONDS)
+        return RECEIVE(exchange, device, key)
+
+    monkeypatch.setattr(Exchange, "receive", receive)
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zero_bubble"])
 @pytest.mark.parametrize(("model", "x"), [(Residual, (16, 12, 48)), (Pooled, (16, 3, 20, 20))])
-def test_the_predicted_peak_is_measured_within_a_few_per_cent(model: type, x: tuple[int, ...], schedule: str) -> None:
+def test_the_predicted_peak_is_reached_when_a_device_lags_and_never_passed(
+    monkeypatch: pytest.MonkeyPatch, model: type, x: tuple[int, ...], schedule: str
+) -> None:
+    """A prediction holds for devices of any speed: none lags, then each in turn."""
     net, example, where = model(), torch.randn(x), local_cluster(["cpu", "cpu"])
     graph = capture(net, (example,), {}).graph
     limits = {"replicas": False, "microbatches": 4, "schedule": schedule, "stages": 2}
     plan = auto(graph, layouts(graph), where, optimizer="none", constraints=limits)
     expected = dict(predict(graph, plan, where, optimizer="none").memory)
     parallel = ParallelModule(net, replace(plan, predicted=None), where, loss_fn=square)
+    found = []
     try:
-        found = [measure_memory(parallel, (example, torch.zeros(()))) for _ in range(4)]
+        for late in ("", *expected):
+            lagging(monkeypatch, late)
+            found += [measure_memory(parallel, (example, torch.zeros(()))) for _ in range(2)]
     finally:
         parallel.close()
     for device, need in expected.items():
         peaks = [step[device] for step in found]
-        assert 0.9 * need <= max(peaks) <= 1.03 * need, (device, expected, found)
+        assert 0.97 * need <= max(peaks) <= 1.03 * need, (device, expected, found)
 
 
 @pytest.mark.zoo
