@@ -26,6 +26,7 @@ from partita.runtime.distributed.engine import Distributed
 from partita.runtime.distributed.holding import Holding, is_absent
 from partita.runtime.distributed.memory import Held, held, measure_rank
 from partita.runtime.distributed.messages import Sent, rank_of
+from partita.runtime.distributed.optimizers import guard
 from partita.runtime.distributed.shards import Shards
 from partita.runtime.distributed.world import World
 from partita.runtime.local import Local
@@ -66,6 +67,7 @@ class RankModule(ParallelModule):
             around=self.holding.shaped,
         )  # fmt: skip
         world.watch.describe = partial(_role, plan)
+        guard(self)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
