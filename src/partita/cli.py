@@ -53,6 +53,8 @@ def verify(
     from partita import api
 
     result = api.verify(model, args, kwargs, plan=loaded, devices=devices, rtol=rtol, atol=atol)
+    if _is_other_rank():  # rank 0 speaks for all
+        raise typer.Exit(0 if result.ok else VerificationError.exit_code)
     if as_json:
         print(json.dumps({"equal": result.ok, "tensors": [_row(d) for d in result.differences]}))
         if not result.ok:
@@ -238,6 +240,13 @@ def doctor(as_json: Json = False) -> None:
         )
 
 
+def _is_other_rank() -> bool:
+    """Whether this is one of several processes, and not the first."""
+    from partita.runtime.distributed import join_world, launched
+
+    return launched() and join_world().rank > 0
+
+
 def _cluster(devices: str | None, loaded: Plan | None, memory: str | None) -> Cluster:
     """What the user names, else a description or this machine's devices that fit the plan's names."""
     if devices is not None:
@@ -335,7 +344,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--json" in words:
             problems = list(getattr(error, "problems", ()))
             print(json.dumps({"error": {"kind": type(error).__name__, "message": str(error), "problems": problems}}))
-        print(f"error: {error}", file=sys.stderr)
+        if not getattr(error, "said_elsewhere", False):  # by rank 0
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

@@ -1,0 +1,70 @@
+"""A factory for ``partita verify`` on ranks, and the API's verb: ``python -m tests.distributed.verified``."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import torch
+from torch import nn
+
+import partita
+from partita.plan import Batch, Plan, Stage
+
+
+@torch.library.custom_op("verified::shifted", mutates_args=())
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """Off by a tenth on rank 1: what a wrong kernel on one host would do."""
+    return x + 0.1 * (os.environ.get("RANK") == "1")
+
+
+@shifted.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+shifted.register_autograd(lambda ctx, grad: grad)
+
+
+class Shifted(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = shifted(x)
+        return out
+
+
+def make(*more: nn.Module) -> tuple[nn.Module, tuple[torch.Tensor]]:
+    torch.manual_seed(0)
+    parts = nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 8), nn.Linear(8, 3)
+    model = nn.Sequential(*parts, *more)
+    model[3].weight.requires_grad_(False)
+    return model, (torch.randn(5, 6),)
+
+
+def make_wrong() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    return make(Shifted())
+
+
+def plans(parts: int) -> dict[str, Plan]:
+    """Of two ranks, by what divides the model."""
+    both, names = ("cpu:0", "cpu:1"), tuple(map(str, range(parts)))
+    return {
+        "stages": Plan((Stage(("cpu:0",), names[:2]), Stage(("cpu:1",), names[2:])), batch=Batch(5, 2)),
+        "replicas": Plan((Stage(both, ("",)),), batch=Batch(5, 2), zero=3),
+        "tensor": Plan((Stage(both, ("",), tensor=2),), batch=Batch(5, 1)),
+    }
+
+
+def main() -> None:
+    model, args = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, plan in plans(4).items():
+        found = partita.verify(model, args, plan=plan)
+        kept = all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        print(json.dumps({"plan": name, "ok": found.ok, "counts": found.counts(), "kept": kept}), flush=True)
+    wrong, args = make_wrong()
+    found = partita.verify(wrong, args, plan=plans(5)["stages"])
+    print(json.dumps({"plan": "wrong", "ok": found.ok, "worst": found.worst.name if found.worst else ""}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
