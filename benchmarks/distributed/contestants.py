@@ -25,13 +25,14 @@ from partita.plan import Batch, Plan, Stage
 
 @dataclass
 class Ready:
-    """``step`` returns the loss where this rank knows it, else None. ``note``: settings. ``sent``: partita's
-    counter."""
+    """``step`` returns the loss where this rank knows it, else None. ``note``: settings; ``chosen``: those that were
+    the best of several. ``sent``: partita's counter."""
 
     step: Callable[[], float | None]
     note: str = ""
     sent: Any = None
     close: Callable[[], None] = lambda: None
+    chosen: str = ""
 
 
 def devices() -> tuple[str, ...]:
@@ -194,9 +195,26 @@ def megatron(work: Workload) -> Ready:
 # -- pipelines -----------------------------------------------------------------------------------------------------
 
 
+_known = [""]
+
+
+@contextlib.contextmanager
+def knowing(chosen: str) -> Iterator[None]:
+    """While open, ``best`` takes this of its settings without trying them all (where it is one of them)."""
+    _known.append(chosen)
+    try:
+        yield
+    finally:
+        _known.pop()
+
+
 def best(tries: dict[str, Callable[[], Ready]]) -> Ready:
     """The fastest of several settings, by the slower rank's least time of three steps."""
     times, made = {}, {}
+    tries = {key: build for key, build in tries.items() if key == _known[-1]} or tries
+    if len(tries) == 1:
+        (winner,) = tries
+        return _noted(tries[winner](), winner)
     for key, build in tries.items():
         ready = made[key] = build()
         least = []
@@ -213,8 +231,12 @@ def best(tries: dict[str, Callable[[], Ready]]) -> Ready:
     for key, ready in made.items():
         if key != winner:
             ready.close()
-    made[winner].note = f"{winner} {made[winner].note}".strip()
-    return made[winner]
+    return _noted(made[winner], winner)
+
+
+def _noted(ready: Ready, winner: str) -> Ready:
+    ready.note, ready.chosen = f"{winner} {ready.note}".strip(), winner
+    return ready
 
 
 def cuts_of(work: Workload) -> list[int]:

@@ -11,7 +11,7 @@ from time import perf_counter, process_time
 import torch
 import torch.distributed as dist
 
-from benchmarks.distributed.contestants import CONTESTS, Ready
+from benchmarks.distributed.contestants import CONTESTS, Ready, knowing
 from benchmarks.distributed.megatron import sent_bytes
 from benchmarks.models import WORKLOADS, Workload
 
@@ -32,7 +32,7 @@ def closed_form(contest: str, work: Workload, size: int) -> int:
     return crossing if contest == "pipeline" else sent_bytes(model, crossing, size)
 
 
-def main(contest: str, workload: str, rounds: int) -> None:
+def main(contest: str, workload: str, rounds: int, settings: dict[str, str]) -> None:
     rank = int(os.environ["RANK"])
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})  # before any thread is made: theirs too
@@ -43,7 +43,8 @@ def main(contest: str, workload: str, rounds: int) -> None:
     failed: dict[str, str] = {}
     for name, build in CONTESTS[contest].items():
         try:
-            made[name] = build(work)
+            with knowing(settings.get(name, "")):
+                made[name] = build(work)
             made[name].step()
         except Exception as error:  # a rival that cannot run this model is listed with its words
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
@@ -73,10 +74,11 @@ def main(contest: str, workload: str, rounds: int) -> None:
     if rank == 0:
         print(json.dumps({
             "ranks": every, "failed": failed, "notes": {n: r.note for n, r in made.items()},
+            "chosen": {n: r.chosen for n, r in made.items() if r.chosen},
             "expected": closed_form(contest, work, dist.get_world_size()),
         }))  # fmt: skip
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]))

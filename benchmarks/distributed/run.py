@@ -20,10 +20,10 @@ MODELS = ("gpt10m", "vit", "mlp")
 CONTESTS = ("data", "zero3", "tensor", "pipeline")
 
 
-def contest(name: str, model: str, rounds: int, ranks: int) -> dict[str, object]:
+def contest(name: str, model: str, rounds: int, ranks: int, settings: dict[str, str]) -> dict[str, object]:
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "-m", "benchmarks.distributed.rank",
-        name, model, str(rounds),
+        name, model, str(rounds), json.dumps(settings),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -46,13 +46,17 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--settings", type=Path, help="what was best of each contestant's settings: read where it is "
+                        "there, so that none are tried, and written")  # fmt: skip
     options = parser.parse_args()
+    known = json.loads(options.settings.read_text()) if options.settings and options.settings.exists() else {}
     console, everything = Console(width=130), []
     for name in options.contests.split(","):
         table = Table("model", "contestant", "median ms", "least ms", "CPU ms", "theirs / ours",
                       "sent MB (closed form)", "loss", "settings", title=f"{name}, {options.ranks} ranks")  # fmt: skip
         for model in options.models.split(","):
-            found = contest(name, model, options.rounds, options.ranks)
+            found = contest(name, model, options.rounds, options.ranks, known.get(f"{name} {model}", {}))
+            known[f"{name} {model}"] = found["chosen"]
             seconds = rows(found)
             everything.append({"contest": name, "model": model, "seconds": seconds, "found": found})
             ours = min((n for n in seconds if n.startswith("partita")), key=lambda n: median(seconds[n]), default="")
@@ -77,6 +81,8 @@ def main() -> int:
             for who, why in found["failed"].items():  # type: ignore[attr-defined]
                 table.add_row(model, who, "failed", "", "", "", "", "", why)
         console.print(table)
+        if options.settings:
+            options.settings.write_text(json.dumps(known, indent=1))
     if options.json:
         print(json.dumps(everything))
     return 0

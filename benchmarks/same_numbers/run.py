@@ -13,6 +13,7 @@ import argparse
 import importlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,17 +93,17 @@ def even_plan(graph: Graph, case: Case) -> Plan:
     )
 
 
-def planned(graph: Graph, case: Case) -> Plan:
-    """The planner's: every op divided by ``case.tensor`` devices, over ``case.parts`` stages."""
+def planned(graph: Graph, case: Case) -> tuple[Plan, str]:
+    """The planner's: every op divided by ``case.tensor`` devices, over ``case.parts`` stages. Where it refuses (it has
+    no place for a cut, say) one by hand of as many stages as can be, and what the planner said."""
     cluster = replace(CLUSTER, devices=CLUSTER.devices[: case.tensor * case.parts])
     synchronised = can_synchronise(graph)
     try:
         found = auto(graph, layouts(graph), cluster, sync_batch_norm=synchronised,
                      constraints={"tensor": case.tensor, "stages": case.parts})  # fmt: skip
-    except (PlanError, InfeasibleError) as error:  # it has no place for a cut, say
-        print(f"  planned by hand, as the planner says: {error}", file=sys.stderr)
-        return even_plan(graph, case)
-    return replace(found, batch=replace(found.batch, microbatches=case.microbatches), schedule=case.schedule)
+    except (PlanError, InfeasibleError) as error:
+        return even_plan(graph, case), f"planned by hand: {' '.join(str(error).split())[:240]}"
+    return replace(found, batch=replace(found.batch, microbatches=case.microbatches), schedule=case.schedule), ""
 
 
 def joined(calls: list[Any], batch: int) -> Any:
@@ -133,8 +134,10 @@ def to_rounding(found: Comparison) -> Comparison:
     return replace(found, differences=tuple(near))
 
 
-def comparisons(name: str, build: Any, cases: tuple[Case, ...] = CASES) -> Iterator[tuple[Case, Captured, Comparison]]:
-    """Each case of one model, compared."""
+def comparisons(
+    name: str, build: Any, cases: tuple[Case, ...] = CASES
+) -> Iterator[tuple[Case, Captured, Comparison, str]]:
+    """Each case of one model, compared; and in words what was not as asked for."""
     torch.manual_seed(0)
     model, args, kwargs = build()
     calls = []
@@ -149,17 +152,19 @@ def comparisons(name: str, build: Any, cases: tuple[Case, ...] = CASES) -> Itera
         if case.uneven and (name in FIXED_BATCH or not captured.graph.batch):
             continue
         fresh = joined(calls, captured.graph.batch) if case.uneven else calls[0]
+        remark = ""
         if captured.live:
+            remark = "run live"
             devices = [d.name for d in CLUSTER.devices[: case.parts]]
             plan = plan_live(children_bytes(model), name, devices, reason=captured.live)
         else:
-            plan = planned(captured.graph, case) if case.tensor > 1 else even_plan(captured.graph, case)
+            plan, remark = planned(captured.graph, case) if case.tensor > 1 else (even_plan(captured.graph, case), "")
         divided = ParallelModule(model, plan, CLUSTER)
         try:
             found = compare(observe(model, model, *fresh), observe(divided, model, *fresh))
             if case.tensor > 1:
                 found = to_rounding(found)
-            yield case, captured, found
+            yield case, captured, found, remark
         finally:
             divided.close()
 
@@ -187,13 +192,17 @@ def main() -> None:
     stages = map(int, given.stages.split(","))
     chosen = CASES if given.tensor == 1 else tuple(c for s in stages for c in tensor_cases(given.tensor, s))
     torch.set_num_threads(1)
-    wrong = 0
+    wrong, every = 0, Counter[str]()
     zoo = entries()
     names = given.names or list(zoo)
     for name in names:
-        worst, bad, words, cases = 0.0, [], "", 0
+        worst, bad, words, cases, remarks = 0.0, [], "", 0, dict[str, None]()
         try:
-            for case, captured, found in comparisons(name, zoo[name].build, chosen):
+            for case, captured, found, remark in comparisons(name, zoo[name].build, chosen):
+                every["cases"] += 1
+                every[remark.split(":")[0]] += bool(remark)
+                every["equal"] += found.ok
+                remarks |= {f"   {remark}": None} if remark and not captured.live else {}
                 words, cases = words or how(captured), cases + 1
                 worst = max(worst, max((d.relative for d in found.differences if not d.equal), default=0.0))
                 if not found.ok:
@@ -201,7 +210,9 @@ def main() -> None:
         except Exception as error:
             bad.append(f"   {type(error).__name__}: {error}")
         wrong += bool(bad)
-        print(f"{'DIFFERENT' if bad else 'equal':9} {name:26} {cases} cases  {words}", *bad, sep="\n", flush=True)
+        print(f"{'DIFFERENT' if bad else 'equal':9} {name:26} {cases} cases  {words}", *bad, *remarks, sep="\n",
+              flush=True)  # fmt: skip
+    print(", ".join(f"{count} {what}" for what, count in every.items() if count))
     print(f"{len(names) - wrong} of {len(names)} models equal in every case")
     sys.exit(bool(wrong))
 

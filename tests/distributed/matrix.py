@@ -83,6 +83,29 @@ def apart(cases: Sequence[Case], graphs: dict[str, Captured]) -> tuple[list[Case
     return kept, equal
 
 
+def widest_first(cases: Sequence[Case], seed: int) -> list[Case]:
+    """In an order drawn by ``seed``, but those first that show most of what none before shows: of each family, every
+    kind of division under every schedule, ZeRO level and degree. What there is time for is then a wide sample."""
+    left, seen, found = list(cases), set[object](), list[Case]()
+    random.Random(seed).shuffle(left)
+    while left:
+        best = max(left, key=lambda c: len(shows(c) - seen))
+        if shows(best) <= seen:
+            break
+        seen |= shows(best)
+        found.append(best)
+        left.remove(best)
+    return found + left
+
+
+def shows(case: Case) -> set[object]:
+    """What a case is the first example of, perhaps."""
+    kind = tuple(n > 1 for n in (case.pp, case.dp, case.tp))
+    degrees = {(case.model, name, getattr(case, name)) for name in ("pp", "dp", "tp", "zero", "schedule")}
+    pairs = {(case.model, kind, case.schedule if case.pp > 1 else ""), (case.model, kind, case.zero)}
+    return {*degrees, *pairs, (kind, case.zero, case.schedule)}
+
+
 # -- one rank ----------------------------------------------------------------------------------------------------------
 
 _current = [""]
@@ -234,6 +257,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", default=",".join(FAMILIES))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seconds", type=float, default=1e9, help="end after so long; the next call goes on")
+    parser.add_argument("--most", type=int, help="of each number of ranks no more than so many cases, the widest first")
     parser.add_argument("--again", action="store_true", help="run those that failed again")
     parser.add_argument("--only", default="", help="cases that begin with this, whether they have results or not")
     parser.add_argument("--summary", action="store_true", help="run nothing")
@@ -252,7 +276,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for size in map(int, given.ranks.split(",")):
         wanted[size], others = apart([c for c in product_of(size) if c.model in models], graphs)
         equal += others
-        random.Random(size).shuffle(wanted[size])  # what there was time for is a fair sample
+        wanted[size] = widest_first(wanted[size], seed=size)[: given.most]
     if not given.summary:
         folder = Path(tempfile.mkdtemp())  # not a TemporaryDirectory: each child would remove it at its end
         try:
