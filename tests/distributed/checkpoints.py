@@ -3,7 +3,7 @@
 A job is ``load=FROM,save=TO,plan=NAME`` (a plan of ``plans``, with as many ranks as there are); its model and optimizer
 begin with other numbers than any checkpoint has. Rank 0 prints the losses of two further steps after the save.
 ``die=RANK``: that rank goes wrong in the middle of a second save into the same folder, as ``how`` says: 'kill',
-'stop' (SIGSTOP), 'hang' (its main thread sleeps), 'raise'.
+'stop' (SIGSTOP), 'hang' (its main thread sleeps), 'raise'; ``after``: killed so many seconds after that save began.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,9 @@ def run(job: dict[str, str], rank: int) -> list[float]:
     checkpoint.export_safetensors(Path(job["save"]) / "whole.safetensors", pm)
     losses = train(pm, optimizer, 2)
     if "die" in job:
-        if rank == int(job["die"]):
+        if rank == int(job["die"]) and "after" in job:
+            threading.Timer(float(job["after"]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        elif rank == int(job["die"]):
             synced = os.fsync
 
             def die(handle: Any) -> None:
@@ -87,7 +90,9 @@ def run(job: dict[str, str], rank: int) -> list[float]:
                 os.kill(os.getpid(), signal.SIGSTOP if how == "stop" else signal.SIGKILL)
 
             os.fsync = die
+        began = time.monotonic()
         checkpoint.save(job["save"], pm, optimizer, step=4)
+        print(f"saved in {time.monotonic() - began:.4f} s", file=sys.stderr, flush=True)
     pm.close()
     return losses
 

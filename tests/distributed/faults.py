@@ -35,6 +35,7 @@ def judged(what: str, where: str, culprit: int) -> tuple[bool, str]:
     seconds = other.seconds - began
     lines = [line for line in other.err.splitlines() if f"rank {culprit} (" in line or f"rank {culprit}: " in line]
     well = other.code != 0 and bool(lines) and seconds < ALLOWED_SECONDS
+    well = well and (what != "hang" or "stood still" in lines[-1])  # and the cause is the true one
     reason = lines[-1] if lines else other.err[-160:]
     codes = f"{ended[0].code}, {ended[1].code}"
     return (

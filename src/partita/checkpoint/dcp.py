@@ -40,6 +40,7 @@ from torch.futures import Future
 from partita.checkpoint import folder, manifest, tensor_file
 from partita.checkpoint.holdings import Held
 from partita.checkpoint.manifest import Chunk, File, Manifest, Saved
+from partita.checkpoint.ranks import ALONE, Ranks
 from partita.errors import CheckpointError
 
 _KINDS = {"model.": "model", "optimizer.state.": "optimizer"}  # by a key's beginning: which files it goes into
@@ -132,11 +133,11 @@ class Writer(StorageWriter):
         partial: Path,
         final: Path,
         *,
-        rank: int,
+        ranks: Ranks,
         small: Mapping[str, bytes],
         describe: Callable[[dict[str, Saved], dict[str, File]], Manifest],
     ) -> None:
-        self.partial, self.final, self.rank, self.small, self.describe = partial, final, rank, small, describe
+        self.partial, self.final, self.ranks, self.small, self.describe = partial, final, ranks, small, describe
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
@@ -153,13 +154,15 @@ class Writer(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = []
-        for name, data in self.small.items():
-            folder.write(self.partial / name, data)
-            results.append(WriteResult(MetadataIndex(name), len(data), _Stored(name, File.of(data))))
-        for beginning, kind in _KINDS.items():
-            items = [item for item in plan.items if item.index.fqn.startswith(beginning)]
-            if items:
-                results += self._write_tensors(f"{kind}-{self.rank:05d}.safetensors", beginning, items, planner)
+        with self.ranks.working("the writing of its part of a checkpoint"):
+            for name, data in self.small.items():
+                folder.write(self.partial / name, data)
+                results.append(WriteResult(MetadataIndex(name), len(data), _Stored(name, File.of(data))))
+            for beginning, kind in _KINDS.items():
+                items = [item for item in plan.items if item.index.fqn.startswith(beginning)]
+                if items:
+                    file = f"{kind}-{self.ranks.rank:05d}.safetensors"
+                    results += self._write_tensors(file, beginning, items, planner)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -183,7 +186,7 @@ class Writer(StorageWriter):
             assert isinstance(found, torch.Tensor)
             return found
 
-        file = tensor_file.write(self.partial / name, entries, values)
+        file = tensor_file.write(self.partial / name, entries, values, moved=self.ranks.moved)
         return [
             WriteResult(item.index, entry.num_bytes, _Stored(name, file, chunk))
             for item, entry, chunk in zip(items, entries, chunks, strict=True)
@@ -201,8 +204,9 @@ class Writer(StorageWriter):
             dtype = str(saved.properties.dtype).removeprefix("torch.")
             tensors[key] = Saved(dtype, tuple(saved.size), tuple(sorted(chunks[key], key=lambda c: c.offsets)))
         files = {where.name: where.file for _, where in sorted(stored, key=lambda s: s[1].name)}
-        folder.write(self.partial / manifest.NAME, manifest.dumps(self.describe(tensors, files)))
-        folder.publish(self.partial, self.final)
+        with self.ranks.working("the completion of a checkpoint"):
+            folder.write(self.partial / manifest.NAME, manifest.dumps(self.describe(tensors, files)))
+            folder.publish(self.partial, self.final)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -216,8 +220,8 @@ class Reader(StorageReader):
     ``path``: a checkpoint or the folder it is the latest of. Raises CheckpointError where a file is damaged.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, checked: Manifest | None = None) -> None:
-        self.path = folder.resolve(path)
+    def __init__(self, path: str | os.PathLike[str], *, checked: Manifest | None = None, ranks: Ranks = ALONE) -> None:
+        self.path, self.ranks = folder.resolve(path), ranks
         self.manifest = checked if checked is not None else manifest.read(self.path)
         if checked is None:
             problems = manifest.damage(self.path, self.manifest.files)
@@ -257,11 +261,13 @@ class Reader(StorageReader):
             chunk = self._chunks[item.storage_index]
             by_file.setdefault(chunk.file, []).append((item, chunk))
         for name, wanted in by_file.items():
-            with safe_open(self.path / name, framework="pt") as file:
+            working = self.ranks.working("the reading of a checkpoint")
+            with working, safe_open(self.path / name, framework="pt") as file:
                 for item, chunk in wanted:
                     target = planner.resolve_tensor(item)
                     target.detach().copy_(_read(file, chunk, item))
                     planner.commit_tensor(item, target)
+                    self.ranks.moved()
         done: Future[None] = Future()
         done.set_result(None)
         return done

@@ -68,7 +68,7 @@ def load(
         made = optimizers.fresh(optimizer, here, table, values["optimizer"]["values"])
         wanted.update(made.tensors)
     with told(f"'{found}' could not be read"), quiet(), torch.no_grad(), ranks.waiting("the checkpoint to be read"):
-        reader = Reader(found, checked=table)
+        reader = Reader(found, checked=table, ranks=ranks)
         dcp_load(
             dict(wanted), storage_reader=reader, planner=BoxLoadPlanner(), process_group=ranks.group,
             no_dist=ranks.alone,

@@ -22,20 +22,24 @@ class Ranks:
     """This process is ``rank`` of ``size``; every rank makes the same calls in the same order.
 
     ``group``: the process group they speak through, None: the default one. ``waiting(what)``: is open while this rank
-    waits for the others, so that a run in which one of them ends or hangs comes to an end.
+    waits for the others, so that a run in which one of them ends or hangs comes to an end; ``working(what)``: within
+    that, while it does its own part, of which it calls ``moved()`` every few seconds at the latest.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
     waiting: Callable[[str], AbstractContextManager[Any]] = nullcontext
+    working: Callable[[str], AbstractContextManager[Any]] = nullcontext
+    moved: Callable[[], None] = lambda: None
 
     @classmethod
     def of(cls, model: nn.Module) -> Ranks:
         """Those that hold a divided model; else those of the default process group, or this process alone."""
         world = getattr(model.parallel if isinstance(model, LazyParallel) else model, "world", None)
         if world is not None:
-            return cls(world.rank, world.size, world.control, world.watch.waiting)
+            watch = world.watch
+            return cls(world.rank, world.size, world.control, watch.waiting, watch.working, watch.moved)
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
@@ -70,7 +74,8 @@ class Ranks:
         failure: Exception | None = None
         if self.first:
             try:
-                said = [value()]
+                with self.working("its part of a checkpoint"):
+                    said = [value()]
             except Exception as error:
                 failure = error
         said, failure = self.gather((said, failure))[0]
@@ -83,3 +88,6 @@ class Ranks:
         found = tuple(dict.fromkeys(problem for mine in self.gather(list(problems)) for problem in mine))
         if found:
             raise CheckpointError(message, found)
+
+
+ALONE = Ranks()

@@ -78,7 +78,7 @@ def save(
 
     held = {f"model.{name}": tensor for name, tensor in here.tensors.items()}
     held.update(parts.tensors if parts is not None else {})
-    writer = Writer(root / partial, root / final, rank=ranks.rank, small=small, describe=describe)
+    writer = Writer(root / partial, root / final, ranks=ranks, small=small, describe=describe)
     try:
         with told(f"the checkpoint could not be written to '{root}'"), quiet(), ranks.waiting("the checkpoint's files"):
             dcp_save(

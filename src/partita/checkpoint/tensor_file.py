@@ -28,6 +28,9 @@ CODES = {
 }  # fmt: skip
 
 
+SLICE_BYTES = 1 << 25  # written, and on its way to the disk, before the next: no single wait for the disk is long
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor to write; ``number`` is what ``write`` asks its data by."""
@@ -53,21 +56,30 @@ def write(
     data: Callable[[int], torch.Tensor],
     *,
     metadata: Mapping[str, str] | None = None,
+    moved: Callable[[], None] = lambda: None,
 ) -> File:
     """Write the file and wait until the disk has it. Raises OSError.
 
     ``data(number)``: an entry's tensor, on any device; asked for once, in the order of ``ordered``, and not kept.
+    ``moved()`` is called whenever a slice is written.
     """
     entries = ordered(entries)
     seen, total = hashlib.sha256(), 0
-    with open(path, "wb") as file, ThreadPoolExecutor(1) as hashing:
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as syncing:
         parts = chain([_header(entries, metadata or {})], (_bytes(entry, data) for entry in entries))
-        digested = hashing.submit(lambda: None)
+        digested = synced = hashing.submit(lambda: None)
+        due = 0
         for part in parts:
-            file.write(part)
+            for begin in range(0, part.nbytes, SLICE_BYTES):
+                due += file.write(part[begin : begin + SLICE_BYTES])
+                if due >= SLICE_BYTES:
+                    synced.result()
+                    synced, due = syncing.submit(os.fsync, file.fileno()), 0
+                moved()
             digested.result()  # of the part before: at most two are in memory
             digested = hashing.submit(seen.update, part)
             total += part.nbytes
+        synced.result()
         file.flush()
         os.fsync(file.fileno())
         digested.result()

@@ -42,10 +42,11 @@ def export_safetensors(path: str | os.PathLike[str], model: nn.Module) -> None:
                         dist.send(part, 0, group=ranks.group)
     else:
         scratch = target.with_name(f".{target.name}.partial")
-        with told(f"cannot write '{target}'"):
+        with told(f"cannot write '{target}'"), ranks.working(f"the writing of '{target}'"):
             try:
                 tensor_file.write(scratch, entries, lambda number: _whole(entries[number], here, places, ranks),
-                                  metadata={"tied": json.dumps(dict(here.ties))} if here.ties else {})  # fmt: skip
+                                  metadata={"tied": json.dumps(dict(here.ties))} if here.ties else {},
+                                  moved=ranks.moved)  # fmt: skip
                 os.replace(scratch, target)
                 folder.sync(target.absolute().parent)
             finally:

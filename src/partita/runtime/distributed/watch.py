@@ -94,6 +94,23 @@ class Watch:
             self._waits = before
             self.moves += 1
 
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """While open, the main thread does work of its own, within a wait too: where it stands still, it is at
+        fault."""
+        before, waits = self.what, self._waits
+        self.what, self._waits = what, ""
+        self.moved()
+        try:
+            yield
+        finally:
+            self.what, self._waits, self._since = before, waits, time.monotonic()
+            self.moved()
+
+    def moved(self) -> None:
+        """The main thread has come a step further."""
+        self.moves += 1
+
     def reached(self, what: str, stage: int, microbatch: int) -> None:
         """The main thread has come to this point of its step."""
         which = "the whole batch" if microbatch < 0 else f"microbatch {microbatch}"
@@ -292,6 +309,8 @@ class Watch:
         if notice is None:
             return
         if notice.still and notice.rank == self.rank and not self._waits:
+            if self.rank == 0:
+                time.sleep(2 * BEAT_SECONDS)  # the store may end with this process, and the others are to read why
             self._end(f"{self.place(self.rank)} is ended: {notice.text}", 1)
         if self._waits:
             since = max(self._since, time.monotonic() - 1e9)
