@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
 from partita.graph import Graph, Op
@@ -54,14 +54,21 @@ class Names:
             self._memo[call] = self._search(call)
         return self._memo[call]
 
+    def first(self, call: str) -> int | None:
+        """Index of the first list with a name that covers this module call."""
+        return min(self._covering(call), default=None)
+
     def _search(self, call: str) -> int | None:
+        return next(self._covering(call), None)
+
+    def _covering(self, call: str) -> Iterator[int]:
+        """Longest names first."""
         parts = _parts(call)
         plain = tuple(p for p, _ in parts)
         for length in range(len(plain), -1, -1):
             for _, prefix, index in self._table.get(plain[:length], ()):
                 if _fits(prefix, parts):
-                    return index
-        return None
+                    yield index
 
 
 def listed(plan: Plan, graph: Graph) -> dict[str, int]:

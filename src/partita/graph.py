@@ -79,13 +79,21 @@ class Tensor:
     path: str = ""
     base: str = ""
     needs_grad: bool = False
+    _nbytes: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
 
     def shape_at(self, batch: int) -> tuple[int, ...]:
         return tuple(at(d, batch) for d in self.shape)
 
     def nbytes(self, batch: int) -> int:
         """Bytes of the elements, were the tensor contiguous."""
-        return prod(self.shape_at(batch)) * ITEMSIZE.get(self.dtype, 4)
+        if not self._nbytes:  # of plain dims; then the two numbers of each size
+            plain = prod(d for d in self.shape if not isinstance(d, Size)) * ITEMSIZE.get(self.dtype, 4)
+            sizes = (n for d in self.shape if isinstance(d, Size) for n in (d.fixed, d.per_sample))
+            object.__setattr__(self, "_nbytes", (plain, *sizes))
+        result, *sizes_of = self._nbytes
+        for k in range(0, len(sizes_of), 2):
+            result *= sizes_of[k] + sizes_of[k + 1] * batch
+        return result
 
     @property
     def follows_batch(self) -> bool:
@@ -114,14 +122,18 @@ class Op:
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     flops: int = 0
+    _uses: tuple[str, ...] | None = field(init=False, repr=False, compare=False, default=None)
 
     def uses(self) -> tuple[str, ...]:
         """Every tensor it reads, in order, once."""
-        found = dict.fromkeys(refs(self.args))
-        for _, value in self.kwargs:
-            found.update(dict.fromkeys(refs(value)))
-        found.update(dict.fromkeys(self.reads))
-        return tuple(found)
+        if self._uses is None:
+            found = dict.fromkeys(refs(self.args))
+            for _, value in self.kwargs:
+                found.update(dict.fromkeys(refs(value)))
+            found.update(dict.fromkeys(self.reads))
+            object.__setattr__(self, "_uses", tuple(found))
+        assert self._uses is not None
+        return self._uses
 
 
 @dataclass(frozen=True, slots=True)

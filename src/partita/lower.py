@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from partita.assign import assign, covers
+from partita.assign import Names, assign
 from partita.divide import Division, divide, leaders
 from partita.graph import Graph, Op
 from partita.lockstep import effective
@@ -164,8 +164,11 @@ def _recompute(graph: Graph, ops: list[Op], patterns: tuple[str, ...]) -> tuple[
     ranges: list[tuple[int, int]] = []
     start, owner = 0, ""
     made: set[str] = set()
+    names = Names([p] for p in patterns)
+    single = {p: at for at, p in reversed(tuple(enumerate(patterns)))}
     for i, op in enumerate(ops):
-        match = next((p for p in patterns if covers(p, op.module) or p == op.name), "") if op.grad else ""
+        found = [at for at in (names.first(op.module), single.get(op.name)) if at is not None and op.grad]
+        match = patterns[min(found)] if found else ""
         known = made if match == owner else ()
         if op.random or any(base not in known for base in op.writes):
             match = ""

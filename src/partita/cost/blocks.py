@@ -8,6 +8,7 @@ each distinct one is profiled once.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -113,6 +114,41 @@ def profile_units(graph: Graph) -> tuple[Block, ...]:
         if max((sum(weights[b.start : b.stop]) for b in found), default=0.0) * LARGEST_UNIT <= sum(weights):
             break
     return found
+
+
+def repeated(graph: Graph, block: Block, legal: Sequence[bool]) -> tuple[Block, ...]:
+    """The modules it consists of, where at least half of its work is done again by equal ones; else itself.
+
+    One that is repeated has two or more ops with flops: a layer is a unit, a single product is not. ``legal``: where
+    a cut may stand.
+    """
+    return _repeated(graph, block, len(_common_path(graph, block)), legal)
+
+
+def _repeated(graph: Graph, block: Block, depth: int, legal: Sequence[bool]) -> tuple[Block, ...]:
+    paths = [tuple(graph.ops[i].module.split(".")) for i in block.ops]
+    if all(len(path) <= depth for path in paths):
+        return (block,)
+    keys = [path[: depth + 1] for path in paths]
+    starts = [
+        i for i in block.ops if i == block.start or (legal[i] and keys[i - block.start] != keys[i - block.start - 1])
+    ]
+    inner = [_block(graph, a, b) for a, b in zip(starts, [*starts[1:], block.stop], strict=True)]
+    deeper = [part for one in inner for part in _repeated(graph, one, depth + 1, legal)]
+    for parts in (inner, deeper):
+        distinct = {part.signature: part for part in parts}
+        count = Counter(part.signature for part in parts)
+        again = [part for s, part in distinct.items() if count[s] > 1]
+        layers = all(sum(bool(graph.ops[i].flops) for i in part.ops) > 1 for part in again)
+        if again and layers and 2 * sum(len(part.ops) for part in distinct.values()) <= len(block.ops):
+            return tuple(parts)
+    return (block,)
+
+
+def _common_path(graph: Graph, block: Block) -> tuple[str, ...]:
+    names = [graph.ops[i].module for i in block.ops]
+    common = _common(min(names), max(names))
+    return tuple(common.split(".")) if common else ()
 
 
 def _block(graph: Graph, start: int, stop: int) -> Block:

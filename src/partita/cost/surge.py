@@ -134,9 +134,12 @@ def _products(graph: Graph, index: Indices) -> tuple[Product, ...]:
     found: list[Product] = []
     gone, made, total = Affine(), set[str](), 0.0
     apart = [graph.ops[int(i)] for i in index if is_apart(graph, graph.ops[int(i)])]
+    taken_at: dict[str, int] = {}
+    for at, op in enumerate(apart):
+        for name in op.uses():
+            taken_at.setdefault(graph.tensor(name).base or name, at)
     for at in range(len(apart) - 1, -1, -1):
         op = apart[at]
-        earlier = {graph.tensor(n).base or n for other in apart[:at] for n in other.uses()}
         own, used, length = Affine(), Affine(), Affine()
         wide: tuple[int, ...] = (0, 0)
         for name in (*op.uses(), *(o for o in op.outputs if o)):
@@ -145,7 +148,7 @@ def _products(graph: Graph, index: Indices) -> tuple[Product, ...]:
             if tensor.role in ("op", "input"):
                 size = tensor_bytes(graph, base)
                 own = own + size
-                used = used + (size if base not in earlier else Affine())
+                used = used + (size if taken_at.get(base, at) >= at else Affine())
                 if name in op.outputs:
                     width = max(int(tensor.shape[-1]) if isinstance(tensor.shape[-1], int) else 1, 1)
                     length = size.scaled(1.0 / (ITEMSIZE.get(tensor.dtype, 4) * width))

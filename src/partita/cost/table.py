@@ -94,12 +94,13 @@ def cost_table(
     given = given_bytes(graph)
     kept = kept_by_maker(graph, given)
     batch = max(graph.batch, 1)
+    alike, examples = _alike(graph)
     for kind, device in devices.items():
-        rows = [op_cost(graph, op, device) for op in graph.ops]
-        f, b, w = (
-            np.array([(getattr(r, part).fixed, getattr(r, part).per_sample) for r in rows]).reshape(-1, 2)
-            for part in ("forward", "backward", "weight")
-        )
+        distinct = np.array([
+            [(line.fixed, line.per_sample) for line in (cost.forward, cost.backward, cost.weight)]
+            for cost in (op_cost(graph, graph.ops[i], device) for i in examples)
+        ]).reshape(-1, 3, 2)  # fmt: skip
+        f, b, w = (np.ascontiguousarray(distinct[alike, part]) for part in range(3))
         extra = np.zeros_like(f)
         for block in parts if measured is not None else ():
             timing = measured.get(block.signature, kind) if measured is not None else None
@@ -118,6 +119,21 @@ def cost_table(
         for name in op.uses():
             users[name] = (*users.get(name, ()), i)
     return CostTable(graph, parts, forward, backward, weight, saved, tuple(kept), first, given, users)
+
+
+def _alike(graph: Graph) -> tuple[Indices, list[int]]:
+    """For each op the number of its kind, all of which cost the same; an example of each kind."""
+    shapes: dict[object, int] = {}
+    shape_of = {t.name: shapes.setdefault((t.shape, t.dtype, t.role, t.needs_grad), len(shapes)) for t in graph.tensors}
+    kinds: dict[object, int] = {}
+    examples: list[int] = []
+    of = np.zeros(len(graph.ops), dtype=np.int64)
+    for i, op in enumerate(graph.ops):
+        operands = (tuple(shape_of[n] for n in op.uses()), tuple(shape_of[o] for o in op.outputs if o))
+        of[i] = kinds.setdefault((op.target, op.grad, op.flops, operands), len(examples))
+        if of[i] == len(examples):
+            examples.append(i)
+    return of, examples
 
 
 def _share(rows: Array, value: Affine, batch: int) -> None:

@@ -151,14 +151,14 @@ class Planner:
             if not isinstance(found.outcome, Infeasible):
                 gap = found.gap
                 ranked, _ = rank(task, ((found.built, c) for c in beside(task, found)))
+        as_found = bool(ranked)
+        ranked = ranked or [*filter(None, [self._attempt(self._alone())])]
         ranked, words = self._widened(found, ranked)
+        ranked = ranked or [*filter(None, [self._attempt(self._teams())])]
         if not ranked:
-            rescued = self.attempt()
-            if rescued is None:
-                raise self._why_not(found)
-            fastest = found.outcome.best.seconds if found and not isinstance(found.outcome, Infeasible) else 0.0
-            gap = max(0.0, (1.0 + gap) * rescued.candidate.seconds / fastest - 1.0) if fastest else 0.0
-            ranked = [rescued]
+            raise self._why_not(found)
+        if not as_found and found is not None and not isinstance(found.outcome, Infeasible):
+            gap = max(0.0, (1.0 + gap) * ranked[0].candidate.seconds / found.outcome.best.seconds - 1.0)
         best = ranked[0]
         proven = found is not None and isinstance(found.outcome, Optimal) and gap == 0.0 and best.built is found.built
         plan = finished(task, best)
@@ -299,5 +299,5 @@ class Planner:
     def _teams(self) -> list[Built]:
         """Then: teams and ZeRO."""
         if self.teams is None:
-            self.teams = list(variants(self.task)) if self.can_widen else []
+            self.teams = [found.exact() for found in variants(self.task)] if self.can_widen else []
         return self.teams

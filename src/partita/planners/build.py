@@ -69,35 +69,17 @@ def build(
     """Sums over blocks of what ``table`` says of ops. ``processes``: devices are processes of their own and share no
     parameters.
     """
-    owner = np.zeros(len(graph.ops), dtype=np.int64)
-    for b, block in enumerate(parts):
-        owner[block.start : block.stop] = b
-    n = len(parts)
+    owner, n = owners(parts), len(parts)
     phase = [layouts.phase.get(op.name, "split") for op in graph.ops]
-    whole_op = np.array([p == "whole" for p in phase], dtype=np.bool_)
-    once_op = np.array([p == "once" for p in phase], dtype=np.bool_)
+    whole_op, once_op = (np.array([p == which for p in phase], dtype=np.bool_) for which in ("whole", "once"))
     can_split = layouts.microbatchable and batch > 1
     pools = _pools(cluster, resolved, processes)
     rows_shared = all(shares_memory(pool.devices[0]) for pool in pools)
     kinds = [cluster.device(pool.devices[0]).kind for pool in pools]
     units = _units(graph, parts)
     saved, kept, transient = _activations(graph, table, parts, owner, units)
-    split_op, every = ~whole_op & ~once_op, ~once_op
-
-    def rows(source: Mapping[str, Array], which: Bools) -> Array:
-        result = np.zeros((len(pools), n, 2))
-        for p, kind in enumerate(kinds):
-            np.add.at(result[p], owner[which], source[kind][which])
-        return result
-
-    def once(which: Bools) -> Array:
-        result = np.zeros((len(pools), n))
-        for p, kind in enumerate(kinds):
-            seconds = table.forward[kind] + (table.backward[kind] + table.weight[kind] if train else 0.0)
-            np.add.at(result[p], owner[which], seconds[which, 0] + seconds[which, 1] * batch)
-        return result
-
-    zero = np.zeros((len(pools), n))
+    split_op = ~whole_op & ~once_op
+    one, many, whole = block_seconds(table, kinds, owner, whole_op, once_op, batch=batch, train=train)
     held = np.zeros((n, 2))
     np.add.at(held, owner[split_op], table.saved[split_op])
     handed, rows_of = _given(table, parts)
@@ -105,14 +87,8 @@ def build(
         saved, held = saved + rows_of, held + rows_of
     whole_saved = np.zeros(n)
     np.add.at(whole_saved, owner[whole_op], table.saved[whole_op, 0] + table.saved[whole_op, 1] * batch)
-    single = Times(
-        rows(table.forward, every), rows(table.backward, every), rows(table.weight, every), zero, saved,
-        np.minimum(kept, saved), transient, np.zeros(n),
-    )  # fmt: skip
-    split = Times(
-        rows(table.forward, split_op), rows(table.backward, split_op), rows(table.weight, split_op), once(whole_op),
-        held, np.minimum(kept, held), transient, whole_saved,
-    )  # fmt: skip
+    single = Times(one[0], one[1], one[2], np.zeros_like(whole), saved, np.minimum(kept, saved), transient, np.zeros(n))
+    split = Times(many[0], many[1], many[2], whole, held, np.minimum(kept, held), transient, whole_saved)
     names = {name for name, _ in resolved.recompute}
     forced = sorted({int(owner[i]) for _, ops in resolved.recompute for i in ops})
     may = tuple(
@@ -156,6 +132,33 @@ def build(
     return Built(problem, tuple(parts), units)
 
 
+def owners(parts: Sequence[Block]) -> Indices:
+    """The block of each op."""
+    return np.repeat(np.arange(len(parts)), [block.stop - block.start for block in parts])
+
+
+def block_seconds(
+    table: CostTable, kinds: Sequence[str], owner: Indices, whole: Bools, once: Bools, *, batch: int, train: bool
+) -> tuple[list[Array], list[Array], Array]:
+    """Sums over blocks, for each kind of device. Forward, backward, weight of all ops that a microbatch runs, and of
+    those that run on cut batches (``~whole``); the seconds of the others once a step.
+    """
+    n = int(owner[-1]) + 1 if len(owner) else 0
+
+    def rows(source: Mapping[str, Array], which: Bools) -> Array:
+        result = np.zeros((len(kinds), n, 2))
+        for p, kind in enumerate(kinds):
+            np.add.at(result[p], owner[which], source[kind][which])
+        return result
+
+    steps = (table.forward, table.backward, table.weight)
+    joined = sum((rows(source, whole) for source in steps[: 3 if train else 1]), np.zeros((len(kinds), n, 2)))
+    return (
+        [rows(source, ~once) for source in steps], [rows(source, ~whole & ~once) for source in steps],
+        joined[:, :, 0] + joined[:, :, 1] * batch,
+    )  # fmt: skip
+
+
 def regrouped(
     built: Built, before: Cluster, cluster: Cluster, *, constraints: Constraints, resolved: Resolved, processes: bool
 ) -> Built:  # fmt: skip
@@ -164,9 +167,7 @@ def regrouped(
     pools = _pools(cluster, resolved, processes)
     of_kind = {before.device(pool.devices[0]).kind: p for p, pool in enumerate(problem.pools)}
     rows = [of_kind[cluster.device(pool.devices[0]).kind] for pool in pools]
-    owner = np.zeros(built.blocks[-1].stop, dtype=np.int64)
-    for b, block in enumerate(built.blocks):
-        owner[block.start : block.stop] = b
+    owner = owners(built.blocks)
     slow, late = _worst_link(cluster)
     bandwidth = min(d.memory_bandwidth for d in cluster.devices)
     counts, schedules = _choices(problem.batch, len(cluster.devices), problem.microbatches != (1,), constraints)

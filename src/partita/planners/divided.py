@@ -4,24 +4,24 @@
     block.1, block.2, ...: equal work, the same numbers
 
 A small graph is divided as one piece, so that neighbouring blocks may agree on a division; of a large one each distinct
-block is divided by itself, and what crosses its border is whole. What is priced so is searched; plans that win are then
-divided and simulated as they will run (``pricing``).
+block is divided by itself (of a block of equal modules each distinct module): what crosses its border is whole. What is
+priced so is searched; plans that win are then divided and simulated as they will run (``pricing``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from partita.cluster import Cluster
-from partita.cost.blocks import Block
+from partita.cost.blocks import Block, legal_cuts, repeated
 from partita.cost.communication import Channel
 from partita.cost.table import CostTable, cost_table
 from partita.graph import Graph
 from partita.group_costs import collective_seconds
-from partita.planners.build import Built, build, of_pools, users_of, weights
+from partita.planners.build import Built, block_seconds, build, of_pools, owners, users_of, weights
 from partita.planners.constraints import Constraints, Resolved
 from partita.planners.problem import Array, Shares, Times
 from partita.sharding.batch import BatchLayouts
@@ -31,6 +31,8 @@ from partita.sharding.spmd import Local, Part, localise
 
 WHOLE_OPS = 200
 RANGE = (0.05, 20.0)  # of measured over counted seconds that is believed
+Seconds = tuple[tuple[Array, ...], tuple[Array, ...]]
+"""With one microbatch and with more: forward, backward, weight, once a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,9 @@ class Divider:
     faster: dict[str, Array] = field(default_factory=dict)
     users: dict[tuple[Block, ...], dict[str, tuple[int, ...]]] = field(default_factory=dict)
     used: dict[tuple[Block, ...], list[str]] = field(default_factory=dict)
+    units: dict[Block, tuple[Block, ...]] = field(default_factory=dict)
+    legal: list[bool] = field(default_factory=list)
+    bare: dict[tuple[object, ...], tuple[Seconds, Seconds]] = field(default_factory=dict)
 
     def shares(self, built: Built, members: int, channel: Channel) -> Shares:
         """Of the built problem's blocks; arrays have a row for each of its pools, by their device's kind."""
@@ -66,6 +71,46 @@ class Divider:
         if key not in self.known:
             self.known[key] = self._shares(built, members, channel, kinds)
         return self.known[key]
+
+    def least(self, built: Built, members: int) -> Shares:
+        """No division is faster or holds less: all is shared perfectly, but for what the smallest op takes."""
+        problem = built.problem
+        kinds = tuple(self.cluster.device(pool.devices[0]).kind for pool in problem.pools)
+        if (built.blocks, kinds) not in self.bare:
+            self.bare[built.blocks, kinds] = self._bare(built, kinds)
+        whole, floor = self.bare[built.blocks, kinds]
+        times = [
+            _shared(t, w, f, members) for t, w, f in zip((problem.single, problem.split), whole, floor, strict=True)
+        ]
+        held = tuple(
+            w if w.given else replace(w, nbytes=w.nbytes / members, trained=w.trained / members)
+            for w in problem.weights
+        )
+        return Shares(members, times[0], times[1], held)
+
+    def _bare(self, built: Built, kinds: Sequence[str]) -> tuple[Seconds, Seconds]:
+        """Of the blocks: seconds as divided ones are priced, and the part of them that no division makes less."""
+        table = self.table_of(Local(self.graph, self.layouts, {}), self.cluster) if self.table.blocks else self.table
+        at_least = {}
+        for kind in table.kinds:
+            launch = next(d.overhead_seconds for d in self.cluster.devices if d.kind == kind)
+            at_least[kind] = launch * self._factor(kind, self.cluster)
+
+        def floors(rows: Mapping[str, Array]) -> dict[str, Array]:
+            return {k: np.stack([np.minimum(r[:, 0], at_least[k]), np.zeros(len(r))], axis=1) for k, r in rows.items()}
+
+        lowest = replace(
+            table, forward=floors(table.forward), backward=floors(table.backward), weight=floors(table.weight)
+        )
+        phase = [self.layouts.phase.get(op.name, "split") for op in self.graph.ops]
+        whole, once = (np.array([p == which for p in phase], dtype=np.bool_) for which in ("whole", "once"))
+        found = []
+        for priced in (table, lowest):
+            one, many, joined = block_seconds(
+                priced, kinds, owners(built.blocks), whole, once, batch=self.batch, train=self.train
+            )
+            found.append(((*one, np.zeros_like(joined)), (*many, joined)))
+        return found[0], found[1]
 
     def _shares(self, built: Built, members: int, channel: Channel, kinds: Sequence[str]) -> Shares:
         problem, n = built.problem, len(built.blocks)
@@ -77,26 +122,35 @@ class Divider:
         numbers: dict[str, tuple[Times, Times]] = {}
         step = n if len(self.graph.ops) <= WHOLE_OPS else 1
         for b in range(0, n, step):
-            blocks = built.blocks[b : b + step]
-            signature = " ".join(block.signature for block in blocks)
-            piece = self._piece(blocks, signature, members, channel)
-            if signature not in numbers:
-                numbers[signature] = self._numbers(piece, members, channel, alone)
-            for into, found in zip((single, split), numbers[signature], strict=True):
+            here = slice(b, b + step)
+            units = [built.blocks[here]] if step > 1 else [(unit,) for unit in self._repeated(built.blocks[b])]
+            priced = []
+            for blocks in units:
+                signature = " ".join(block.signature for block in blocks)
+                piece = self._piece(blocks, signature, members, channel)
+                if signature not in numbers:
+                    numbers[signature] = self._numbers(piece, members, channel, alone)
+                priced.append(numbers[signature])
+                sizes |= self._sizes(piece, blocks)
+            for k, (into, whole) in enumerate(((single, problem.single), (split, problem.split))):
+                parts = [pair[k] for pair in priced]
+                found = parts[0] if len(parts) == 1 else _joined(parts, whole.kept[here], self.batch)
                 for name in ("forward", "backward", "weight", "whole"):
-                    getattr(into, name)[:, b : b + step] = getattr(found, name)[row]
+                    getattr(into, name)[:, here] = getattr(found, name)[row]
                 for name in ("saved", "kept", "transient", "whole_saved"):
-                    getattr(into, name)[b : b + step] = getattr(found, name)
-            sizes |= self._sizes(piece, blocks)
+                    getattr(into, name)[here] = getattr(found, name)
         given = tuple(w for w in problem.weights if w.given)
         return Shares(members, single, split, (*weights(self.graph, self._users(built.blocks), sizes), *given))
 
+    def _repeated(self, block: Block) -> tuple[Block, ...]:
+        if block not in self.units:
+            self.legal = self.legal or legal_cuts(self.graph)
+            self.units[block] = repeated(self.graph, block, self.legal)
+        return self.units[block]
+
     def _users(self, blocks: tuple[Block, ...]) -> dict[str, tuple[int, ...]]:
         if blocks not in self.users:
-            owner = np.zeros(len(self.graph.ops), dtype=np.int64)
-            for b, block in enumerate(blocks):
-                owner[block.start : block.stop] = b
-            self.users[blocks] = users_of(self.graph, owner)
+            self.users[blocks] = users_of(self.graph, owners(blocks))
         return self.users[blocks]
 
     # -- pieces ----------------------------------------------------------------------------------------------------
@@ -163,6 +217,8 @@ class Divider:
 
     def _factor(self, kind: str, alone: Cluster) -> Array:
         """How much slower or faster each whole op was measured than it was counted."""
+        if kind not in self.faster and not self.table.blocks:
+            self.faster[kind] = np.ones(len(self.graph.ops))
         if kind not in self.faster:
             counted = cost_table(self.graph, alone)
             for k in counted.kinds:
@@ -209,6 +265,24 @@ def part_of(graph: Graph, ops: range) -> Graph:
             names.setdefault(base, None)
     outputs = tuple(o for o in made if o in after)
     return replace(graph, tensors=tuple(graph.tensor(n) for n in names), ops=chosen, outputs=tuple(sorted(outputs)))
+
+
+def _joined(parts: Sequence[Times], kept: Array, batch: int) -> Times:
+    """One block of what its units take. ``kept``: what enters it, whole, as all does that crosses a border."""
+    forward, backward, weight, once, saved, whole_saved = (
+        np.sum([getattr(part, name) for part in parts], axis=0)
+        for name in ("forward", "backward", "weight", "whole", "saved", "whole_saved")
+    )
+    largest = max((part.transient for part in parts), key=lambda rows: float(rows[0, 0] + rows[0, 1] * batch))
+    return Times(forward, backward, weight, once, saved, np.minimum(kept, saved), largest, whole_saved)
+
+
+def _shared(times: Times, whole: Sequence[Array], floor: Sequence[Array], members: int) -> Times:
+    forward, backward, weight, once = (f + (w - f) / members for w, f in zip(whole, floor, strict=True))
+    return Times(
+        forward, backward, weight, once, times.saved / members, times.kept / members, times.transient / members,
+        times.whole_saved / members,
+    )  # fmt: skip
 
 
 def _empty(like: Times, pools: int) -> Times:

@@ -1,11 +1,12 @@
 """Joint: the best of several problems that differ in how devices form teams and in ZeRO's level.
 
 Each is searched by ``stages`` with the fastest plan so far in hand: what its bound says cannot win is dropped at once.
+A problem that is costly to price may come with a relaxation (``Later``): it is priced only if that could win.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from partita.planners.problem import Candidate, Feasible, Infeasible, Optimal, Outcome, Problem
@@ -24,8 +25,16 @@ class Joint:
     others: tuple[tuple[int, Candidate], ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Later:
+    """A problem not priced yet. ``relaxed``: no plan of it is faster or holds less than this says."""
+
+    relaxed: Problem
+    exact: Callable[[], Problem]
+
+
 def joint(
-    problems: Sequence[Problem], *, anywhere: bool = False, slack: float = 0.0, keep: int = 1,
+    problems: Sequence[Problem | Later], *, anywhere: bool = False, slack: float = 0.0, keep: int = 1,
     best: float = float("inf"),
 ) -> Joint:  # fmt: skip
     """The fastest plan of all the problems. ``slack``, ``keep``: as in ``stages``; ``best``: seconds of a plan in hand,
@@ -34,14 +43,29 @@ def joint(
     found: list[tuple[int, Candidate]] = []
     others: tuple[Candidate, ...] = ()
     least = float("inf")
+    bounds: list[tuple[float, int]] = []
     for index, problem in enumerate(problems):
+        bound = 0.0
+        if isinstance(problem, Later):
+            relaxed = stages(problem.relaxed, anywhere=anywhere, slack=slack, best=best)
+            bound = best * (1.0 - slack) if isinstance(relaxed, Infeasible) else _bound(relaxed)
+            if isinstance(relaxed, Infeasible):
+                least = min(least, bound)
+                continue
+        bounds.append((bound, index))
+    for bound, index in sorted(bounds):
         hand = found[0][1].seconds if found else best
+        problem = problems[index]
+        if isinstance(problem, Later):
+            if bound >= hand:
+                least = min(least, bound)
+                continue
+            problem = problem.exact()
         outcome = stages(problem, anywhere=anywhere, slack=slack, keep=keep, best=hand)
         if isinstance(outcome, Infeasible):
             least = min(least, hand * (1.0 - slack))  # it may hold a plan by so much faster than the one in hand
             continue
-        bound = outcome.best.seconds / (1.0 + (outcome.gap if isinstance(outcome, Feasible) else 0.0))
-        least = min(least, bound)
+        least = min(least, _bound(outcome))
         if outcome.best.seconds < hand:
             found.insert(0, (index, outcome.best))
             others = outcome.others
@@ -53,3 +77,8 @@ def joint(
     gap = max(0.0, winner.seconds / least - 1.0) if least > 0 else 0.0
     over_all = Optimal(winner, others) if gap <= 1e-12 else Feasible(winner, gap, others)
     return Joint(index, over_all, tuple(found[1:]))
+
+
+def _bound(outcome: Optimal | Feasible) -> float:
+    """No plan of its problem is faster."""
+    return outcome.best.seconds / (1.0 + (outcome.gap if isinstance(outcome, Feasible) else 0.0))

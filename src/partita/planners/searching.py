@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from partita.apart import several_nodes
 from partita.cost.memory import optimizer_factor
 from partita.planners.build import HEADROOM, Built
-from partita.planners.joint import joint
+from partita.planners.joint import Later, joint
 from partita.planners.objective import fits
 from partita.planners.problem import Candidate, Infeasible, Optimal, Outcome, Pool, Problem, StageChoice
 from partita.planners.stages import stages
-from partita.planners.task import Task
+from partita.planners.task import Task, Variant
 
 IDEALS_BLOCKS = 40
 QUICK_OPS = 200
@@ -152,21 +152,18 @@ def _interleaved(task: Task, problem: Problem) -> list[Candidate]:
 # -- teams and ZeRO ------------------------------------------------------------------------------------------------
 
 
-def variants(task: Task) -> Iterator[Built]:
+def variants(task: Task) -> Iterator[Variant]:
     """Problems with teams or with ZeRO, in the parts that recomputation likes; those of single devices first."""
     wanted = task.constraints
     levels = (0, *ZERO_LEVELS) if wanted.zero < 0 and task.processes and task.train else (max(wanted.zero, 0),)
     if wanted.tensor < 2 and not wanted.shard:
-        alone = task.coarse()
-        yield from (_levelled(alone, level) for level in levels if level and level != wanted.zero)
+        alone = Variant(task.coarse())
+        yield from (alone.levelled(level) for level in levels if level and level != wanted.zero)
     small = len(task.graph.ops) <= QUICK_OPS
-    for built in task.divided(coarse=0 if small else TEAM_PARTS):
-        replicas = built.problem.replicas and any(len(p.devices) > 1 for p in built.problem.pools)
-        yield from (_levelled(built, level) for level in (levels if replicas else levels[:1]))
-
-
-def _levelled(built: Built, level: int) -> Built:
-    return replace(built, problem=replace(built.problem, zero=level))
+    for found in task.divided(coarse=0 if small else TEAM_PARTS):
+        problem = found.relaxed.problem
+        replicas = problem.replicas and any(len(p.devices) > 1 for p in problem.pools)
+        yield from (found.levelled(level) for level in (levels if replicas else levels[:1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,13 +176,14 @@ class Widened:
 
 def widen(task: Task, best: float, *, teams: bool = False) -> Widened:
     """The fastest plans with teams or ZeRO (``teams``: with teams) of less than ``best`` seconds."""
-    every = [built for built in variants(task) if built.teams or not teams]
-    anywhere = all(b.problem.num_blocks <= IDEALS_BLOCKS for b in every)
-    answer = joint([b.problem for b in every], anywhere=anywhere, slack=TEAM_SLACK, keep=2, best=best)
+    every = [found for found in variants(task) if found.relaxed.teams or not teams]
+    anywhere = all(v.relaxed.problem.num_blocks <= IDEALS_BLOCKS for v in every)
+    problems = [Later(v.relaxed.problem, lambda v=v: v.exact().problem) for v in every]  # type: ignore[misc]
+    answer = joint(problems, anywhere=anywhere, slack=TEAM_SLACK, keep=2, best=best)
     if isinstance(answer.outcome, Infeasible):
         return Widened((), len(every))
-    mine = [(every[answer.index], c) for c in (answer.outcome.best, *answer.outcome.others)]
-    rest = [(every[i], c) for i, c in answer.others]
+    mine = [(every[answer.index].exact(), c) for c in (answer.outcome.best, *answer.outcome.others)]
+    rest = [(every[i].exact(), c) for i, c in answer.others]
     return Widened((*mine[:1], *rest[:1], *mine[1:], *rest[1:]), len(every))
 
 

@@ -5,7 +5,7 @@ Requests that differ in one thing share what does not depend on it: ``again`` is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,31 @@ from partita.sharding.batch import BatchLayouts
 RECOMPUTE_UNITS = (64, 32, 16, 8, 4)
 MODULES = 600  # ops: larger graphs get their units of recomputation in one size
 EVERY_TEAMING = 4  # devices up to which teams of different sizes are tried beside each other
+
+
+@dataclass(slots=True, eq=False)
+class Variant:
+    """A problem with teams or ZeRO, priced when it is asked for. ``relaxed``: the same with work and memory perfectly
+    shared, so that every plan is as fast there, or faster, and holds as much, or less.
+    """
+
+    relaxed: Built
+    price: Callable[[], Built] | None = None
+    known: Built | None = None
+
+    def exact(self) -> Built:
+        if self.known is None:
+            self.known = self.price() if self.price is not None else self.relaxed
+        return self.known
+
+    def levelled(self, level: int) -> Variant:
+        """Under this level of ZeRO."""
+        relaxed = _levelled(self.relaxed, level)
+        return Variant(relaxed, None if self.price is None else lambda: _levelled(self.exact(), level))
+
+
+def _levelled(built: Built, level: int) -> Built:
+    return replace(built, problem=replace(built.problem, zero=level))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,8 +145,8 @@ class Task:
         sizes = RECOMPUTE_UNITS if len(self.graph.ops) <= MODULES else RECOMPUTE_UNITS[:1]
         return min((self.build(coarse=n) for n in sizes), key=lambda built: least_alive(built.problem))
 
-    def divided(self, *, coarse: int = 0) -> Iterator[Built]:
-        """The problem for each way to make teams that divide their ops, one after the other.
+    def divided(self, *, coarse: int = 0) -> Iterator[Variant]:
+        """The problem for each way to make teams that divide their ops.
 
         Left open, there are none where a person said how many devices a stage has, and none with a device that modules
         were placed on.
@@ -148,12 +173,18 @@ class Task:
             )  # fmt: skip
             yield self._teamed(grouped, teaming)
 
-    def _teamed(self, built: Built, teaming: Teaming) -> Built:
+    def _teamed(self, built: Built, teaming: Teaming) -> Variant:
         sizes = {leader: len(team) for leader, team in teaming.teams.items()}
         pools = tuple(replace(p, members=sizes.get(p.devices[0], 1)) for p in built.problem.pools)
-        channel = self._channel(teaming)
-        shares = tuple(self.divider.shares(built, degree, channel) for degree in teaming.degrees)
-        return replace(built, problem=replace(built.problem, pools=pools, shares=shares), teams=teaming.teams)
+        built = replace(built, problem=replace(built.problem, pools=pools), teams=teaming.teams)
+        channel, divider = self._channel(teaming), self.divider
+        least = tuple(divider.least(built, degree) for degree in teaming.degrees)
+
+        def exact() -> Built:
+            shares = tuple(divider.shares(built, degree, channel) for degree in teaming.degrees)
+            return replace(built, problem=replace(built.problem, shares=shares))
+
+        return Variant(replace(built, problem=replace(built.problem, shares=least)), exact)
 
     def _channel(self, teaming: Teaming) -> Channel:
         """The slowest ring of all teams."""
