@@ -1,4 +1,4 @@
-"""What tests share: where the zoo is, one intra-op thread, a cache of their own."""
+"""What tests share: where the zoo is, one intra-op thread, a cache of their own, no deadline for drawn examples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import os
 import sys
 
 import pytest
+from hypothesis import settings
 from places import zoo_dir
+
+settings.register_profile("partita", deadline=None)  # machines are shared: how long an example takes says nothing
+settings.load_profile("partita")
 
 
 @pytest.fixture(scope="session", autouse=True)
