@@ -17,8 +17,9 @@ from partita.planners import auto as planning
 from partita.planners.auto import auto
 from partita.planners.constraints import Constraints, Resolved
 from partita.planners.joint import Later, joint
-from partita.planners.pricing import rank
-from partita.planners.problem import Infeasible, Problem
+from partita.planners.objective import candidate_bytes
+from partita.planners.pricing import price, rank
+from partita.planners.problem import Candidate, Infeasible, Problem, StageChoice
 from partita.planners.task import Task
 from partita.sharding.batch import layouts
 
@@ -109,6 +110,22 @@ def test_where_simulation_rejects_the_first_plans_whole_ops_are_tried_again_befo
     assert made.predicted is not None and wanted.predicted is not None and len(calls) > 1
     assert [s.tensor for s in made.stages] == [1] * len(made.stages)
     assert made.predicted.step_seconds <= 1.05 * wanted.predicted.step_seconds
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+def test_the_closed_form_counts_what_waits_for_its_weight_gradients(schedule: str, recompute: bool) -> None:
+    task = task_of(pairs(12, width=32, batch=256), 4)
+    built = task.build(coarse=12)
+    assert len(built.blocks) == 12
+    again = [tuple(range(3 * s, 3 * s + 3)) for s in range(4)]
+    stages = tuple(StageChoice(blocks, 0, 1, blocks if recompute else ()) for blocks in again)
+    candidate = Candidate(stages, 8, schedule)
+    found = price(task, built, candidate)
+    assert found is not None
+    simulated = dict(found.memory)
+    for s, closed in enumerate(candidate_bytes(built.problem, candidate)):
+        assert 0.94 * simulated[f"cuda:{s}"] <= closed <= 1.6 * simulated[f"cuda:{s}"]
 
 
 def test_blocks_of_a_graph_still_cover_every_op_once() -> None:

@@ -32,6 +32,7 @@ def problems(draw: st.DrawFn, *, dag: bool = False, most_blocks: int = 5) -> Pro
     times = Times(
         rows(num_pools, n, 2) + 0.5, rows(num_pools, n, 2), rows(num_pools, n, 2),
         rows(num_pools, n) if joined else np.zeros((num_pools, n)), saved, kept, rows(n, 2), rows(n) * joined,
+        rows(n, 2),
     )  # fmt: skip
     single = replace(times, whole=np.zeros((num_pools, n)), whole_saved=np.zeros(n))
     if dag:
@@ -104,7 +105,7 @@ def uniform(n: int, devices: int, **changes: object) -> Problem:
     zero = np.zeros((n, 2))
     saved = np.full((n, 2), 0.0)
     saved[:, 1] = 10.0
-    times = Times(one, one, one, np.zeros((1, n)), saved, zero, zero, np.zeros(n))
+    times = Times(one, one, one, np.zeros((1, n)), saved, zero, zero, np.zeros(n), zero)
     base = Problem(
         batch=8, pools=(Pool("p", tuple(f"d{i}" for i in range(devices)), 1e12),), single=times, split=times,
         edges=tuple(Edge(i, (i + 1,), 0.0, 0.0) for i in range(n - 1)),

@@ -48,7 +48,7 @@ def problems(draw: st.DrawFn, *, dag: bool, most: int = 5) -> Problem:
     split = Times(
         rows(num_pools, n, 2) + 0.5, rows(num_pools, n, 2), rows(num_pools, n, 2),
         rows(num_pools, n) if joined else np.zeros((num_pools, n)), saved, np.minimum(rows(n, 2), saved), rows(n, 2),
-        rows(n) * joined,
+        rows(n) * joined, rows(n, 2),
     )  # fmt: skip
     single = replace(split, whole=np.zeros((num_pools, n)), whole_saved=np.zeros(n))
     if dag:

@@ -6,10 +6,17 @@ device; every replica has its own gradient.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil
 from types import MappingProxyType
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from partita.errors import UsageError
+
+Bytes = TypeVar("Bytes", float, NDArray[np.float64])
 
 OPTIMIZER_STATE = MappingProxyType(
     {"none": 0, "sgd": 0, "momentum": 1, "sgd_momentum": 1, "adagrad": 1, "rmsprop": 1, "lion": 1, "adam": 2,
@@ -47,6 +54,40 @@ def in_flight(
         return microbatches
     reach = devices if schedule == "zero_bubble" else devices_after
     return max(1, min(microbatches, ceil(reach / replicas - 1e-9)))
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """Microbatches that one device of a stage holds at once: ``before`` their backward, ``behind`` it, where weight
+    gradients are ``put_off``."""
+
+    before: int
+    behind: int = 0
+    put_off: bool = False
+
+    def peak(self, held: Bytes, owed: Bytes, *, again: bool = False) -> Bytes:
+        """Bytes at the worst moment. ``held``: of a microbatch from forward to backward; ``owed``: from there to its
+        weight gradients. ``again``: parts are recomputed, so that what is owed was not held before (an upper bound).
+        """
+        now = self.before * held + self.behind * owed
+        if not self.put_off:
+            return now
+        more = owed if again else np.maximum(owed - held, 0.0)
+        return now + more
+
+
+def alive(schedule: str, *, microbatches: int, replicas: int, devices_after: int, devices: int, joined: bool) -> Alive:
+    """As ``in_flight``, told apart by what is kept of them. In zero_bubble a stage has as many before their backward as
+    in 1f1b, and others that wait for W.
+    """
+    most = in_flight(
+        schedule, microbatches=microbatches, replicas=replicas, devices_after=devices_after, devices=devices,
+        joined=joined,
+    )  # fmt: skip
+    if schedule != "zero_bubble":
+        return Alive(most)
+    before = most if joined else max(1, min(most, ceil(devices_after / replicas - 1e-9)))
+    return Alive(before, most - before, True)
 
 
 def shares_memory(device: str) -> bool:

@@ -230,7 +230,15 @@ def given_to(table: CostTable, ops: Iterable[int]) -> tuple[tuple[tuple[str, Aff
 
 def _owed(graph: Graph, ops: Sequence[int]) -> tuple[Affine, int]:
     """Bytes of inputs and output gradients of ops whose weight gradient may be put off, and of those gradients."""
-    held: dict[str, Affine] = {}
+    held, weights = owed_tensors(graph, ops)
+    return total(size for _, size in held.values()), sum(weights.values())
+
+
+def owed_tensors(graph: Graph, ops: Sequence[int]) -> tuple[dict[str, tuple[int, Affine]], dict[str, int]]:
+    """Of ops whose weight gradient may be put off: their inputs and output gradients, with the first op that needs
+    each, and bytes of the weights.
+    """
+    held: dict[str, tuple[int, Affine]] = {}
     made = {graph.tensor(o).base or o for i in ops for o in graph.ops[i].outputs if o}
     weights: dict[str, int] = {}
     for i in ops:
@@ -242,10 +250,11 @@ def _owed(graph: Graph, ops: Sequence[int]) -> tuple[Affine, int]:
             base = tensor.base or name
             if tensor.role == "op" and (name in op.outputs or base in made):  # what was received counts as that
                 key = base if name in op.uses() else name
-                held[key] = tensor_bytes(graph, key)
+                if key not in held:
+                    held[key] = i, tensor_bytes(graph, key)
             elif tensor.role == "parameter" and tensor.needs_grad:
                 weights[base] = tensor.nbytes(1)
-    return sum(held.values(), Affine()), sum(weights.values())
+    return held, weights
 
 
 def _sum(rows: Array) -> Affine:

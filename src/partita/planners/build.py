@@ -16,7 +16,7 @@ from partita.cost.blocks import Block
 from partita.cost.kept import tensor_bytes
 from partita.cost.memory import optimizer_factor, shares_memory
 from partita.cost.surge import parameters_of
-from partita.cost.table import CostTable, given_to
+from partita.cost.table import CostTable, given_to, owed_tensors
 from partita.graph import Graph
 from partita.planners.constraints import Constraints, Resolved
 from partita.planners.problem import Array, Edge, Pool, Problem, Times, Weights
@@ -77,6 +77,9 @@ def build(
     rows_shared = all(shares_memory(pool.devices[0]) for pool in pools)
     kinds = [cluster.device(pool.devices[0]).kind for pool in pools]
     units = _units(graph, parts)
+    owed = np.zeros((n, 2))
+    for i, size in owed_tensors(graph, range(len(graph.ops)))[0].values():
+        owed[owner[i]] += (size.fixed, size.per_sample)
     saved, kept, transient = _activations(graph, table, parts, owner, units)
     split_op = ~whole_op & ~once_op
     one, many, whole = block_seconds(table, kinds, owner, whole_op, once_op, batch=batch, train=train)
@@ -87,8 +90,10 @@ def build(
         saved, held = saved + rows_of, held + rows_of
     whole_saved = np.zeros(n)
     np.add.at(whole_saved, owner[whole_op], table.saved[whole_op, 0] + table.saved[whole_op, 1] * batch)
-    single = Times(one[0], one[1], one[2], np.zeros_like(whole), saved, np.minimum(kept, saved), transient, np.zeros(n))
-    split = Times(many[0], many[1], many[2], whole, held, np.minimum(kept, held), transient, whole_saved)
+    single = Times(
+        one[0], one[1], one[2], np.zeros_like(whole), saved, np.minimum(kept, saved), transient, np.zeros(n), owed
+    )
+    split = Times(many[0], many[1], many[2], whole, held, np.minimum(kept, held), transient, whole_saved, owed)
     names = {name for name, _ in resolved.recompute}
     forced = sorted({int(owner[i]) for _, ops in resolved.recompute for i in ops})
     may = tuple(

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from partita.apart import passes
-from partita.cost.memory import in_flight
+from partita.cost.memory import alive
 from partita.cost.pipeline import StageTime, fill, steady
 from partita.planners.problem import Array, Candidate, Problem, StageChoice
 
@@ -119,7 +119,7 @@ def stage_bytes(
     again = set(choice.recompute) | (set(problem.recompute) & set(choice.blocks))
     live = [b for b in choice.blocks if b not in again]
     held = _at(times.saved, live, n) + _at(times.kept, sorted(again), n) + received
-    flight = in_flight(
+    living = alive(
         schedule,
         microbatches=mine,
         replicas=choice.replicas,
@@ -127,9 +127,11 @@ def stage_bytes(
         devices=problem.num_devices,
         joined=joined,
     )
+    owed = _at(times.owed, choice.blocks, n) + received
     peak = _largest(times.saved, choice.blocks, n) if again else 0.0
     whole = float(sum(times.whole_saved[b] for b in choice.blocks))
-    return static + flight * held + whole + peak + received + _largest(times.transient, choice.blocks, n)
+    activations = living.peak(held, owed, again=bool(again))
+    return static + activations + whole + peak + received + _largest(times.transient, choice.blocks, n)
 
 
 def _largest(rows: Array, blocks: Sequence[int], samples: int) -> float:

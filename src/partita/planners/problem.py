@@ -55,7 +55,8 @@ class Weights:
 class Times:
     """Arrays (pools, blocks, 2) of seconds, fixed and per sample; ``whole`` (pools, blocks): once a step, on the joined
     batch. ``saved``, ``kept``, ``transient`` (blocks, 2): bytes kept to backward, bytes still kept where the block is
-    recomputed, bytes while it runs; ``whole_saved`` (blocks): of the joined part.
+    recomputed, bytes while it runs; ``whole_saved`` (blocks): of the joined part. ``owed`` (blocks, 2): bytes kept from
+    backward to the weights' gradients where these are put off.
     """
 
     forward: Array
@@ -66,6 +67,7 @@ class Times:
     kept: Array
     transient: Array
     whole_saved: Array
+    owed: Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -160,6 +160,7 @@ class Sized:
 
     pools: tuple[PoolSpans, ...]
     held: Array
+    owed: Array
     received: Array
     transfer: Array
     transient: Array
@@ -200,6 +201,7 @@ def sized(problem: Problem, s: Spans, microbatches: int, *, synced: bool = False
     return Sized(
         tuple(pools),
         s.total(np.where(must, kept, saved)),
+        s.total(at(times.owed)),
         received,
         np.where(s.gets & (received > 0), problem.latency + received * problem.seconds_per_byte, 0.0),
         s.largest(at(times.transient)),

@@ -15,7 +15,7 @@ from itertools import product
 
 import numpy as np
 
-from partita.cost.memory import in_flight
+from partita.cost.memory import alive
 from partita.planners.cover import EXACT_BLOCKS, cover, cover_spans
 from partita.planners.ideals import ideals
 from partita.planners.objective import candidate_seconds, fits, is_joined, stage_bytes, static_bytes, tail_seconds
@@ -153,17 +153,19 @@ class _Search:
         s, at = self.of[pool]
         joined = is_joined(problem, 1 if self.synced else 2, replicas, m)
         limit, mine = problem.pools[pool].memory_bytes, -(-m // replicas)
-        flight = in_flight(
+        living = alive(
             self.schedule, microbatches=mine, replicas=replicas, devices_after=reach,
             devices=problem.num_devices, joined=joined,
         )  # fmt: skip
         static = static_bytes(problem, s.weight_bytes, s.trained_bytes, replicas, problem.pools[pool].shared, mine)
-        need = static + at.whole_saved + at.received + at.transient + flight * (at.held + at.received)
-        short = s.allowed[pool] & (need + np.where(at.forced, at.largest_saved, 0.0) > limit)
+        static = static + at.whole_saved + at.received + at.transient
+        held, owed = at.held + at.received, at.owed + at.received
+        again = static + living.peak(held, owed, again=True) + at.largest_saved
+        short = s.allowed[pool] & (np.where(at.forced, again, static + living.peak(held, owed)) > limit)
         if not short.any():
             return base
         useful = short & (base.fill + base.steady < self.ceiling)
-        extra = self._recompute(pool, need, flight, useful, limit)
+        extra = self._recompute(pool, again - limit, living.before, useful)
         bought = short & np.isfinite(extra)
         if not bought.any():
             return _Move(pool, replicas, np.where(short, np.inf, base.fill), np.where(short, np.inf, base.steady))
@@ -192,13 +194,12 @@ class _Search:
             return fill, (mine - 1) * np.maximum(busy, 2.0 * transfer) + tail
         return fill, (mine - 1) * (busy + 2.0 * transfer) + tail
 
-    def _recompute(self, pool: int, need: Array, flight: int, short: Bools, limit: float) -> Array:
-        """Least extra seconds so that a span fits; the largest recomputed part is alive once more while it runs."""
+    def _recompute(self, pool: int, wanted: Array, before: int, short: Bools) -> Array:
+        """Least extra seconds so that a span holds as much less as ``wanted``. ``before``: microbatches that do."""
         s, at = self.of[pool]
-        extra = np.full(need.shape, np.inf)
-        gains = at.again_bytes * flight
+        extra = np.full(wanted.shape, np.inf)
+        gains = at.again_bytes * before
         open_ = s.total(gains)
-        wanted = need + at.largest_saved - limit
         where = short & (open_ >= wanted)
         forced_enough = short & (wanted <= 0)
         extra[forced_enough] = 0.0
@@ -373,13 +374,13 @@ class _Search:
         if not problem.train or need(choice) <= limit:
             return choice
         mine = -(-self.m // choice.replicas)
-        flight = in_flight(
+        living = alive(
             self.schedule, microbatches=mine, replicas=choice.replicas, devices_after=after,
             devices=problem.num_devices, joined=joined,
         )  # fmt: skip
         blocks = np.array(choice.blocks)
         at = self.of[choice.pool][1]
-        gains = at.again_bytes[blocks] * flight
+        gains = at.again_bytes[blocks] * living.before
         smallest = int(np.argmin(np.where(gains > 0, gains, np.inf)))
         probe = replace(choice, recompute=(choice.blocks[smallest],))
         wanted = need(probe) + float(gains[smallest]) - limit
