@@ -56,7 +56,7 @@ def square(y: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return y.square().mean()
 
 
-LAG_SECONDS = 0.03
+LAG_SECONDS = 0.06
 
 
 def lagging(monkeypatch: pytest.MonkeyPatch, late: str) -> None:
@@ -91,7 +91,7 @@ def test_the_predicted_peak_is_reached_when_a_device_lags_and_never_passed(
         parallel.close()
     for device, need in expected.items():
         peaks = [step[device] for step in found]
-        assert 0.97 * need <= max(peaks) <= 1.03 * need, (device, expected, found)
+        assert 0.94 * need <= max(peaks) <= 1.03 * need, (device, expected, found)
 
 
 @pytest.mark.zoo
