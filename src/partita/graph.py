@@ -80,6 +80,7 @@ class Tensor:
     base: str = ""
     needs_grad: bool = False
     _nbytes: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
+    _kind: str = field(init=False, repr=False, compare=False, default="")
 
     def shape_at(self, batch: int) -> tuple[int, ...]:
         return tuple(at(d, batch) for d in self.shape)
@@ -94,6 +95,13 @@ class Tensor:
         for k in range(0, len(sizes_of), 2):
             result *= sizes_of[k] + sizes_of[k + 1] * batch
         return result
+
+    @property
+    def kind(self) -> str:
+        """All of it but names, in words."""
+        if not self._kind:
+            object.__setattr__(self, "_kind", f"{self.role}:{self.dtype}:{self.shape}:{self.needs_grad}")
+        return self._kind
 
     @property
     def follows_batch(self) -> bool:

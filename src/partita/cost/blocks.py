@@ -70,8 +70,7 @@ def signature(graph: Graph, ops: Sequence[Op]) -> str:
         if name in number:
             return f"%{number[name]}"
         number[name] = len(number)
-        t = graph.tensor(name)
-        return f"%{number[name]}:{t.role}:{t.dtype}:{t.shape}:{t.needs_grad}"
+        return f"%{number[name]}:{graph.tensor(name).kind}"
 
     def arg_of(arg: Arg) -> str:
         if isinstance(arg, Ref):
@@ -134,15 +133,18 @@ def _repeated(graph: Graph, block: Block, depth: int, legal: Sequence[bool]) -> 
         i for i in block.ops if i == block.start or (legal[i] and keys[i - block.start] != keys[i - block.start - 1])
     ]
     inner = [_block(graph, a, b) for a, b in zip(starts, [*starts[1:], block.stop], strict=True)]
+    if _pays(graph, block, inner):
+        return tuple(inner)
     deeper = [part for one in inner for part in _repeated(graph, one, depth + 1, legal)]
-    for parts in (inner, deeper):
-        distinct = {part.signature: part for part in parts}
-        count = Counter(part.signature for part in parts)
-        again = [part for s, part in distinct.items() if count[s] > 1]
-        layers = all(sum(bool(graph.ops[i].flops) for i in part.ops) > 1 for part in again)
-        if again and layers and 2 * sum(len(part.ops) for part in distinct.values()) <= len(block.ops):
-            return tuple(parts)
-    return (block,)
+    return tuple(deeper) if _pays(graph, block, deeper) else (block,)
+
+
+def _pays(graph: Graph, block: Block, parts: Sequence[Block]) -> bool:
+    distinct = {part.signature: part for part in parts}
+    count = Counter(part.signature for part in parts)
+    again = [part for s, part in distinct.items() if count[s] > 1]
+    layers = all(sum(bool(graph.ops[i].flops) for i in part.ops) > 1 for part in again)
+    return bool(again) and layers and 2 * sum(len(part.ops) for part in distinct.values()) <= len(block.ops)
 
 
 def _common_path(graph: Graph, block: Block) -> tuple[str, ...]:
