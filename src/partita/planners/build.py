@@ -7,23 +7,28 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from partita.apart import largest_unit
 from partita.cluster import Cluster, Device
-from partita.cost.affine import Affine
 from partita.cost.blocks import Block
-from partita.cost.kept import tensor_bytes
 from partita.cost.memory import optimizer_factor, shares_memory
-from partita.cost.surge import parameters_of
-from partita.cost.table import CostTable, given_to, owed_tensors
+from partita.cost.table import CostTable
 from partita.graph import Graph
 from partita.planners.constraints import Constraints, Resolved
-from partita.planners.problem import Array, Edge, Pool, Problem, Times, Weights
-
-Bools = NDArray[np.bool_]
-Indices = NDArray[np.int64]
-
+from partita.planners.parts import repeatable, units
+from partita.planners.problem import Pool, Problem, Times
+from partita.planners.sums import (
+    Indices,
+    activations,
+    block_seconds,
+    edges,
+    given,
+    given_weights,
+    owed,
+    owners,
+    users_of,
+    weights,
+)
 
 HEADROOM = 0.95  # of a device's memory a plan may fill: predicted peaks are right to a few per cent, not to the byte
 
@@ -76,28 +81,26 @@ def build(
     pools = _pools(cluster, resolved, processes)
     rows_shared = all(shares_memory(pool.devices[0]) for pool in pools)
     kinds = [cluster.device(pool.devices[0]).kind for pool in pools]
-    units = _units(graph, parts)
-    owed = np.zeros((n, 2))
-    for i, size in owed_tensors(graph, range(len(graph.ops)))[0].values():
-        owed[owner[i]] += (size.fixed, size.per_sample)
-    saved, kept, transient = _activations(graph, table, parts, owner, units)
+    names_of = units(graph, parts)
+    late = owed(graph, owner, n)
+    saved, kept, transient = activations(graph, table, parts, owner, names_of)
     split_op = ~whole_op & ~once_op
     one, many, whole = block_seconds(table, kinds, owner, whole_op, once_op, batch=batch, train=train)
     held = np.zeros((n, 2))
     np.add.at(held, owner[split_op], table.saved[split_op])
-    handed, rows_of = _given(table, parts)
+    handed, rows_of = given(table, parts)
     if not rows_shared:
         saved, held = saved + rows_of, held + rows_of
     whole_saved = np.zeros(n)
     np.add.at(whole_saved, owner[whole_op], table.saved[whole_op, 0] + table.saved[whole_op, 1] * batch)
     single = Times(
-        one[0], one[1], one[2], np.zeros_like(whole), saved, np.minimum(kept, saved), transient, np.zeros(n), owed
+        one[0], one[1], one[2], np.zeros_like(whole), saved, np.minimum(kept, saved), transient, np.zeros(n), late
     )
-    split = Times(many[0], many[1], many[2], whole, held, np.minimum(kept, held), transient, whole_saved, owed)
+    split = Times(many[0], many[1], many[2], whole, held, np.minimum(kept, held), transient, whole_saved, late)
     names = {name for name, _ in resolved.recompute}
     forced = sorted({int(owner[i]) for _, ops in resolved.recompute for i in ops})
     may = tuple(
-        b for b in range(n) if units[b] and _repeatable(graph, parts[b], phase) and not whole_op[parts[b].start]
+        b for b in range(n) if names_of[b] and repeatable(graph, parts[b], phase) and not whole_op[parts[b].start]
     )
     starts = {block.start: b for b, block in enumerate(parts)}
     link = _worst_link(cluster)
@@ -108,10 +111,10 @@ def build(
         pools=pools,
         single=single,
         split=split,
-        edges=_edges(graph, owner, once_op),
+        edges=edges(graph, owner, once_op),
         weights=(
             *weights(graph, users_of(graph, owner)),
-            *(_whole(handed, batch) if any(shares_memory(pool.devices[0]) for pool in pools) else ()),
+            *(given_weights(handed, batch) if any(shares_memory(pool.devices[0]) for pool in pools) else ()),
         ),
         microbatches=counts,
         schedules=schedules,
@@ -134,34 +137,7 @@ def build(
         zero=max(constraints.zero, 0),
         gathered=2.0 * largest_unit(graph),
     )
-    return Built(problem, tuple(parts), units)
-
-
-def owners(parts: Sequence[Block]) -> Indices:
-    """The block of each op."""
-    return np.repeat(np.arange(len(parts)), [block.stop - block.start for block in parts])
-
-
-def block_seconds(
-    table: CostTable, kinds: Sequence[str], owner: Indices, whole: Bools, once: Bools, *, batch: int, train: bool
-) -> tuple[list[Array], list[Array], Array]:
-    """Sums over blocks, for each kind of device. Forward, backward, weight of all ops that a microbatch runs, and of
-    those that run on cut batches (``~whole``); the seconds of the others once a step.
-    """
-    n = int(owner[-1]) + 1 if len(owner) else 0
-
-    def rows(source: Mapping[str, Array], which: Bools) -> Array:
-        result = np.zeros((len(kinds), n, 2))
-        for p, kind in enumerate(kinds):
-            np.add.at(result[p], owner[which], source[kind][which])
-        return result
-
-    steps = (table.forward, table.backward, table.weight)
-    joined = sum((rows(source, whole) for source in steps[: 3 if train else 1]), np.zeros((len(kinds), n, 2)))
-    return (
-        [rows(source, ~once) for source in steps], [rows(source, ~whole & ~once) for source in steps],
-        joined[:, :, 0] + joined[:, :, 1] * batch,
-    )  # fmt: skip
+    return Built(problem, tuple(parts), names_of)
 
 
 def regrouped(
@@ -251,164 +227,3 @@ def _worst_link(cluster: Cluster) -> tuple[float, float]:
     for per_byte, latency in by_ends:
         slow, late = max(slow, per_byte), max(late, latency)
     return slow, late
-
-
-def _activations(
-    graph: Graph, table: CostTable, parts: Sequence[Block], owner: Indices, units: Sequence[Sequence[str]]
-) -> tuple[Array, Array, Array]:
-    """Per block: bytes saved, bytes kept when recomputed (what enters each of its modules), the largest result."""
-    n = len(parts)
-    saved, kept, transient = np.zeros((n, 2)), np.zeros((n, 2)), np.zeros((n, 2))
-    batch = max(graph.batch, 1)
-    np.add.at(saved, owner, table.saved)
-    size_of: dict[str, tuple[float, float]] = {}
-
-    def size(name: str) -> tuple[float, float]:
-        if name not in size_of:
-            found = tensor_bytes(graph, name)
-            size_of[name] = (found.fixed, found.per_sample)
-        return size_of[name]
-
-    for b, block in enumerate(parts):
-        entering: dict[str, None] = {}
-        for span in ranges(graph, block, units[b]):
-            for i in span:
-                for name in graph.ops[i].uses():
-                    tensor = graph.tensor(name)
-                    producer = graph.producer(name)
-                    if tensor.role in ("op", "input") and (producer is None or producer < span.start):
-                        entering[tensor.base or name] = None
-        largest = 0.0  # weights of one op: their new gradient is there beside the sum of earlier ones
-        for i in block.ops:
-            for out in graph.ops[i].outputs:
-                if out:
-                    fixed, per_sample = size(out)
-                    if fixed + per_sample * batch > transient[b, 0] + transient[b, 1] * batch:
-                        transient[b] = (fixed, per_sample)
-            largest = max(largest, sum(nbytes for _, nbytes, trains in parameters_of(graph, (i,)) if trains))
-        transient[b, 0] += largest
-        for name in entering:
-            kept[b] += size(name)
-    return saved, kept, transient
-
-
-def _edges(graph: Graph, owner: Indices, once: Bools) -> tuple[Edge, ...]:
-    users: dict[str, set[int]] = {}
-    for i, op in enumerate(graph.ops):
-        for name in op.uses():
-            producer = graph.producer(name)
-            if producer is not None and owner[producer] != owner[i] and not once[producer]:
-                users.setdefault(name, set()).add(int(owner[i]))
-    edges = []
-    for name, consumers in users.items():
-        producer = graph.producer(name)
-        assert producer is not None
-        size = tensor_bytes(graph, name)
-        edges.append(Edge(int(owner[producer]), tuple(sorted(consumers)), size.fixed, size.per_sample))
-    return tuple(edges)
-
-
-def users_of(graph: Graph, owner: Indices) -> dict[str, tuple[int, ...]]:
-    """Parameter, buffer or constant -> the blocks that use it."""
-    users: dict[str, set[int]] = {}
-    for i, op in enumerate(graph.ops):
-        for name in op.uses():
-            base = graph.tensor(name).base or name
-            if graph.tensor(base).role in ("parameter", "buffer", "constant"):
-                users.setdefault(base, set()).add(int(owner[i]))
-    return {base: tuple(sorted(where)) for base, where in users.items()}
-
-
-def weights(
-    graph: Graph, users: Mapping[str, tuple[int, ...]], parts: Mapping[str, float] | None = None
-) -> tuple[Weights, ...]:  # fmt: skip
-    """What blocks use, by the blocks that do. ``parts``: bytes of what is held in part."""
-    merged: dict[tuple[int, ...], tuple[float, float]] = {}
-    for base, key in users.items():
-        tensor = graph.tensor(base)
-        size = float((parts or {}).get(base, tensor.nbytes(max(graph.batch, 1))))
-        trained = size if tensor.role == "parameter" and tensor.needs_grad else 0.0
-        old = merged.get(key, (0.0, 0.0))
-        merged[key] = (old[0] + size, old[1] + trained)
-    return tuple(Weights(key, *value) for key, value in merged.items())
-
-
-def _given(table: CostTable, parts: Sequence[Block]) -> tuple[dict[str, tuple[Affine, set[int]]], Array]:
-    """What the caller holds for the whole batch with the blocks that use it; per block, rows its backward needs."""
-    users: dict[str, tuple[Affine, set[int]]] = {}
-    rows = np.zeros((len(parts), 2))
-    for b, block in enumerate(parts):
-        found, kept = given_to(table, block.ops)
-        rows[b] = kept.fixed, kept.per_sample
-        for base, size in found:
-            users.setdefault(base, (size, set()))[1].add(b)
-    return users, rows
-
-
-def _whole(handed: Mapping[str, tuple[Affine, set[int]]], batch: int) -> tuple[Weights, ...]:
-    """Where devices share the caller's memory, a stage holds all of what its blocks use, like a parameter."""
-    merged: dict[tuple[int, ...], float] = {}
-    for size, users in handed.values():
-        key = tuple(sorted(users))
-        merged[key] = merged.get(key, 0.0) + size.at(batch)
-    return tuple(Weights(key, nbytes, 0.0, given=True) for key, nbytes in merged.items())
-
-
-def _plain(module: str) -> tuple[str, ...]:
-    return tuple(part.partition("@")[0] for part in module.split(".")) if module else ()
-
-
-def _units(graph: Graph, parts: Sequence[Block]) -> tuple[tuple[str, ...], ...]:
-    """For each block the modules that together are exactly its ops, or none."""
-    count: dict[tuple[str, ...], int] = {}
-    paths = [_plain(op.module) for op in graph.ops]
-    for path in paths:
-        for depth in range(1, len(path) + 1):
-            count[path[:depth]] = count.get(path[:depth], 0) + 1
-    result = []
-    for block in parts:
-        names: list[str] = []
-        i = block.start
-        while i < block.stop:
-            path, stop = paths[i], i
-            for depth in range(1, len(path) + 1):
-                size = count[path[:depth]]
-                if i + size <= block.stop and all(paths[j][:depth] == path[:depth] for j in range(i, i + size)):
-                    names.append(".".join(path[:depth]))
-                    stop = i + size
-                    break
-            if stop == i:
-                names = []
-                break
-            i = stop
-        result.append(tuple(names))
-    return tuple(result)
-
-
-def ranges(graph: Graph, block: Block, names: Sequence[str]) -> tuple[range, ...]:
-    """The ops of each of the block's modules; the whole block where it has no names."""
-    if len(names) < 2:
-        return (block.ops,)
-    found: list[range] = []
-    start = block.start
-    for name in names:
-        depth = len(name.split("."))
-        stop = start
-        while stop < block.stop and ".".join(_plain(graph.ops[stop].module)[:depth]) == name:
-            stop += 1
-        found.append(range(start, stop))
-        start = stop
-    return tuple(found)
-
-
-def _repeatable(graph: Graph, block: Block, phase: Sequence[str]) -> bool:
-    """Whether running the block again changes nothing: it draws nothing and mutates nothing older than itself."""
-    made: set[str] = set()
-    for i in block.ops:
-        op = graph.ops[i]
-        if phase[i] == "once":
-            continue
-        if op.random or any(base not in made for base in op.writes):
-            return False
-        made.update(graph.tensor(o).base or o for o in op.outputs if o)
-    return len(block.ops) > 1

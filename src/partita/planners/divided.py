@@ -21,9 +21,10 @@ from partita.cost.communication import Channel
 from partita.cost.table import CostTable, cost_table
 from partita.graph import Graph
 from partita.group_costs import collective_seconds
-from partita.planners.build import Built, block_seconds, build, of_pools, owners, users_of, weights
+from partita.planners.build import Built, build, of_pools
 from partita.planners.constraints import Constraints, Resolved
 from partita.planners.problem import Array, Shares, Times
+from partita.planners.sums import block_seconds, owners, users_of, weights
 from partita.sharding.batch import BatchLayouts
 from partita.sharding.choose import Wishes, choose
 from partita.sharding.prices import Prices
