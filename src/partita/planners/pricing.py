@@ -5,7 +5,6 @@ Single devices and teams, one process and many go the same way: lower, cost, sim
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,7 +23,7 @@ from partita.planners.task import Task
 from partita.sharding.choose import matches
 from partita.simulate import simulate
 
-RANK_SECONDS = 0.45
+RANK_OPS = 3000  # of all candidates that are simulated: work, not time, so that a request has one answer on any machine
 WORTH = 0.95  # of the time of a plan of whole ops that one of divided ops must not exceed where both fit
 
 
@@ -156,14 +155,17 @@ def price(task: Task, built: Built, candidate: Candidate) -> Ranked | None:
 
 
 def rank(task: Task, listed: Iterable[tuple[Built, Candidate]]) -> tuple[list[Ranked], float]:
-    """Those that fit, best first, of as many as there is time for; how full the best filled device of any would be."""
+    """Those that fit, best first: all of a small graph's, of a large one's the first ``RANK_OPS`` worth; how full the
+    best filled device of any would be.
+    """
     limits = {d.name: HEADROOM * d.memory_bytes for d in task.cluster.devices}
-    began = time.perf_counter()
+    ops = 0
     ranked: list[Ranked] = []
     overshoot = float("inf")
     for built, candidate in listed:
-        if ranked and time.perf_counter() - began > RANK_SECONDS:
+        if ranked and ops >= RANK_OPS:
             break
+        ops += len(task.graph.ops)
         found = price(task, built, candidate)
         if found is None:
             continue
