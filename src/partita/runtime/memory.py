@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from partita.cost.memory import shares_memory
+from partita.runtime.loss import WithLoss
 from partita.torch_compat import TorchDispatchMode, local_part, pytree
 
 if TYPE_CHECKING:
@@ -230,10 +231,8 @@ class _Held:
 
 def _owners(parallel: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, _Held]:
     """What each device keeps of the parameters."""
-    from partita.runtime.module import _WithLoss
-
     train = parallel.training
-    forward = _WithLoss(parallel.module, parallel.loss_fn) if train else parallel.module
+    forward = WithLoss(parallel.module, parallel.loss_fn) if train else parallel.module
     with torch.set_grad_enabled(train):
         bound = parallel._bind("step" if train else "call", forward, args, kwargs)
     if bound.engine is None:  # runs as its Python goes: every part is counted where its calls run

@@ -7,7 +7,7 @@ import copy
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from partita.runtime.bind import Binder, Bound
 from partita.runtime.calibration import Calibration
 from partita.runtime.live import dispatched, placed_modules
 from partita.runtime.local import Local, Lowered, deliver, torch_device
+from partita.runtime.loss import WithLoss
 from partita.runtime.pieces import Piece, local_pieces
 from partita.runtime.team import Team
 from partita.runtime.worker import StepState
@@ -182,7 +183,7 @@ class ParallelModule(nn.Module):
         The last positional argument is the target handed to ``loss_fn``; without a ``loss_fn`` the model's own
         ``loss`` (or first output) is the loss. Gradients are added to ``.grad``. Returns the loss, detached.
         """
-        step = _WithLoss(self.module, self.loss_fn)
+        step = WithLoss(self.module, self.loss_fn)
         with torch.enable_grad():
             bound = self._bind("step", step, args, kwargs)
             if bound.engine is None:
@@ -348,18 +349,3 @@ def _own_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
     """A module around this one loads what it saved: under the user's names, without ``module.``."""
     for key in [k for k in state_dict if k.startswith(prefix)]:
         state_dict[f"{prefix}module.{key.removeprefix(prefix)}"] = state_dict.pop(key)
-
-
-class _WithLoss:
-    """``forward`` of a training step: the model, then the loss."""
-
-    def __init__(self, module: nn.Module, loss_fn: Callable[..., torch.Tensor] | None) -> None:
-        self.module, self.loss_fn = module, loss_fn
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.loss_fn is None:
-            output = self.module(*args, **kwargs)
-            if isinstance(output, torch.Tensor):
-                return output
-            return output["loss"] if isinstance(output, Mapping) and "loss" in output else output[0]
-        return self.loss_fn(self.module(*args[:-1], **kwargs), args[-1])
