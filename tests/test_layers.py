@@ -19,7 +19,7 @@ FLOOR = {
     "planners": 4,
     "torch_compat": 5, "models": 5, "capture": 5, "measure": 5, "runtime": 5, "checkpoint": 5,
     "ranks": 6, "launch": 6, "report": 6, "api": 6, "automatic": 6, "factory": 6, "doctor": 6, "adapters": 6,
-    "cli": 6, "cli_plan": 6, "cli_options": 6,
+    "cli": 6, "cli_plan": 6, "cli_options": 6, "__main__": 6,
     "": 7,
     "demo": 8,
 }  # fmt: skip
@@ -42,7 +42,7 @@ SIDEWAYS = {
     ("api", "ranks"), ("api", "automatic"),
     ("cli", "launch"), ("cli", "factory"), ("cli", "doctor"), ("cli", "api"), ("cli", "report"),
     ("cli", "cli_plan"), ("cli", "cli_options"), ("cli_plan", "cli_options"), ("cli_plan", "factory"),
-    ("cli_plan", "api"),
+    ("cli_plan", "api"), ("__main__", "cli"),
     ("adapters", "api"),
 }  # fmt: skip
 

@@ -80,11 +80,16 @@ def beside(task: Task, found: Searched) -> list[Candidate]:
     """The winner and what simulation may like better: runners-up, a pipeline, unequal replicas, interleaving."""
     built, outcome = found.built, found.outcome
     assert not isinstance(outcome, Infeasible)
-    return [
+    every = [
         outcome.best, *_pipeline(built.problem, outcome.best), *_plain(task, built.problem), *outcome.others,
         *_mixed(task, built.problem),
         *_interleaved(task, built.problem),
     ]  # fmt: skip
+    alike: dict[tuple[tuple[StageChoice, ...], int, str], Candidate] = {}
+    for candidate in every:  # one stage has nothing to schedule
+        schedule = candidate.schedule if len(candidate.stages) > 1 else ""
+        alike.setdefault((candidate.stages, candidate.microbatches, schedule), candidate)
+    return list(alike.values())
 
 
 def _pipeline(problem: Problem, best: Candidate) -> list[Candidate]:

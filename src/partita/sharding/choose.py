@@ -273,6 +273,8 @@ def in_place(graph: Graph, ops: Iterable[Op]) -> frozenset[str]:
     that everybody who reads it reads one memory. (``relu_`` on what nobody reads again is as good as ``relu``.)
     """
     listed = list(ops)
+    if not any(op.writes for op in listed):
+        return frozenset()
     order = {op.name: i for i, op in enumerate(graph.ops)}
     families: dict[str, list[Op]] = {}
     for op in graph.ops:
