@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from itertools import islice, product
 
@@ -204,6 +205,12 @@ def test_downsets_of_a_chain_are_its_prefixes_and_of_an_antichain_all_sets() -> 
     assert downsets([0, 1, 3], 10) == [0, 1, 3, 7]
     assert sorted(downsets([0, 0, 0], 8) or []) == list(range(8))
     assert downsets([0, 0, 0], 7) is None
+
+
+def test_downsets_end_when_their_time_does() -> None:
+    began = time.perf_counter()
+    assert downsets([0] * 64, 1 << 62, began + 0.05) is None  # 2**64 sets
+    assert downsets([0, 1, 3], 10, began) is None
 
 
 def test_topological_orders_follow_the_pairs() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Sequence
 
 from partita.planners.problem import Problem
@@ -25,9 +27,9 @@ def ideals(problem: Problem, *, anywhere: bool = True, limit: int = MAX_IDEALS) 
     return prefixes if found is None else tuple(sorted(found, key=lambda mask: (mask.bit_count(), mask)))
 
 
-def downsets(before: Sequence[int], limit: int) -> list[int] | None:
+def downsets(before: Sequence[int], limit: int, end: float = math.inf) -> list[int] | None:
     """Every set of nodes that has, with a node, the nodes ``before`` it (masks); smaller ones first. None where there
-    are more than ``limit``.
+    are more than ``limit``, or at the moment ``end`` (``time.perf_counter``).
     """
     after: list[list[int]] = [[] for _ in before]
     for node, mask in enumerate(before):
@@ -37,10 +39,10 @@ def downsets(before: Sequence[int], limit: int) -> list[int] | None:
     level = {0: sum(1 << node for node, mask in enumerate(before) if not mask)}
     while level:
         found += level
-        if len(found) > limit:
-            return None
         larger: dict[int, int] = {}
         for mask, free in level.items():
+            if len(found) + len(larger) > limit or time.perf_counter() > end:
+                return None
             for node in bits(free):
                 grown = mask | 1 << node
                 if grown not in larger:

@@ -56,7 +56,7 @@ def partition(problem: Placement, *, limit: int = MAX_IDEALS, seconds: float = 3
     joined = contract(problem, cycles)
     found, bound = _with_leaves(joined, _Limits(limit, time.perf_counter() + seconds))
     if found is None and bound < np.inf:
-        return Infeasible("no contiguous placement was found; the graph has too many ideals to try them all")
+        return Infeasible("no contiguous placement was found; the graph has too many ideals to try them all in time")
     if found is None:
         return Infeasible("no contiguous placement fits the devices' memory")
     devices = tuple(found[group] for group in cycles)
@@ -94,7 +94,7 @@ def _search(problem: Placement, limits: _Limits) -> tuple[tuple[int, ...] | None
     few = _Chains(problem, capacity, _prefixes(problem))
     caps = (*(least * cap for cap in CAPS), np.inf)
     found = next((chain for cap in caps if (chain := few.best(cap)) is not None), None)
-    masks = downsets(_before(problem), limits.ideals)
+    masks = downsets(_before(problem), limits.ideals, limits.end)
     if masks is None:
         return found, least
     cap = _seconds(problem, found) * TIGHTER if found is not None else np.inf
