@@ -6,6 +6,8 @@ import itertools
 import math
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from partita.planners.labelling import Edge, Problem, solve
 from partita.planners.labelling.contract import contract
 from partita.planners.labelling.dual import bound_of, message_starts, sweep
 from partita.planners.labelling.elimination import eliminate, relabel_eliminated
-from partita.planners.labelling.flat import cost_of, flatten, load_of, priced
+from partita.planners.labelling.flat import Flat, cost_of, flatten, load_of, priced
 from partita.planners.labelling.forest import relabel_forest
 from partita.planners.labelling.moments import memory_of
 from partita.planners.labelling.moves import eliminate_all
@@ -363,3 +365,29 @@ def test_a_training_step_of_a_27_billion_parameter_model_is_labelled_optimally_a
     assert answer.status == "optimal"
     assert answer.cost == 651_833_115_436
     assert problem.fits(answer.labels)
+
+
+def test_the_answer_comes_in_time_though_a_step_sees_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+
+    def stuck(flat: Flat, record: Record) -> None:
+        released.wait(60)
+        record.raise_bound(1e9)
+
+    monkeypatch.setattr(sys.modules[solve.__module__], "solve_exactly", stuck)
+    rng = np.random.default_rng(0)
+    costs = tuple(rng.integers(1, 100, 4).astype(float) for _ in range(12))
+    edges = tuple(
+        Edge(a, b, rng.integers(0, 100, (4, 4)).astype(float)) for a, b in itertools.combinations(range(12), 2)
+    )
+    usages = tuple(rng.integers(1, 100, 4).astype(float) for _ in range(12))
+    problem = Problem(costs, edges, usages, ((0, 1),) * 12, 500.0)
+    solve(problem, seconds=0.1)  # has the loops compiled
+    began = time.monotonic()
+    answer = solve(problem, seconds=1.0)
+    took = time.monotonic() - began
+    released.set()
+    assert took < 5
+    assert answer.status in ("feasible", "optimal")
+    assert problem.fits(answer.labels)
+    assert answer.lower_bound <= answer.cost

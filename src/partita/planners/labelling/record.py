@@ -31,6 +31,7 @@ class Record:
         self._started_gap = math.inf
         self.infeasible = False
         self._whole_numbers = whole_numbers
+        self._final = False
         self._lock = threading.Lock()
         self._done = threading.Event()
 
@@ -44,7 +45,7 @@ class Record:
         if (load[:-1] > self.flat.room).any():
             return False
         with self._lock:
-            if cost >= self.cost:
+            if cost >= self.cost or self._final:
                 return False
             self.labels, self.cost = labels.copy(), cost
             self._settle()
@@ -89,12 +90,19 @@ class Record:
         if self._whole_numbers:
             bound = math.ceil(bound - ROUNDING)
         with self._lock:
-            self.bound = max(self.bound, bound)
-            self._settle()
+            if not self._final:
+                self.bound = max(self.bound, bound)
+                self._settle()
 
     def refute(self) -> None:
         """No answer exists."""
         self.infeasible = True
+        self._done.set()
+
+    def close(self) -> None:
+        """What stands now is the answer: nothing offered later changes it, and whoever searches on stops soon."""
+        with self._lock:
+            self._final = True
         self._done.set()
 
     @property
