@@ -4,9 +4,11 @@
 
 Grattafiori et al., *The Llama 3 Herd of Models* (2024), Table 4: sequences of 8,192 tokens, 16 M tokens a step, tensor
 degree 8, 16 stages in a row, 64 and 128 replicas, 430 and 400 Tflop/s a device in bfloat16; interleaved, sequences
-divided, RoCE of 400 Gbit/s, nothing recomputed. Stages a device and ZeRO level are the cost model's choice. Two
-predictions: with nothing recomputed, whatever the memory (its prediction is printed; the authors make it fit 80 GB by
-freeing tensors early), and under the memory limit, where layers are recomputed.
+divided, RoCE of 400 Gbit/s, nothing recomputed. The GPUs, degrees, tokens and Tflop/s are those that P. Balaji (Meta)
+showed at SC 2024, as noted at https://glennklockwood.com/garden/llama-3.1; the rest has the paper alone as source.
+Stages a device and ZeRO level are the cost model's choice. Two predictions: with nothing recomputed, whatever the
+memory (its prediction is printed; the authors make it fit 80 GB by freeing tensors early), and under the memory limit,
+where layers are recomputed.
 """
 
 from __future__ import annotations
