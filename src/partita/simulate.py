@@ -54,7 +54,8 @@ class _Run:
         self.events: list[Event] = []
         self.begun: set[tuple[int, str]] = set()
         self.previous: dict[str, tuple[str, int]] = {}
-        self.splits_backward = {i.segment for _, items in program.instructions for i in items if i.kind == "W"}
+        weights = {i.segment for _, items in program.instructions for i in items if i.kind == "W"}
+        self.splits_backward = weights if len(program.sizes) > 1 else set[int]()  # one microbatch puts nothing off
         self.memory = _Memory(program, costs, optimizer, processes)
 
     def go(self) -> Trace:
@@ -125,6 +126,8 @@ class _Run:
         samples = samples_of(self.program, item)
         if item.kind == "F":
             return cost.forward.at(samples)
+        if item.kind == "W" and item.segment not in self.splits_backward:
+            return 0.0
         if item.kind == "W":  # a run of W steps is one product per weight: what does not grow is paid once
             return cost.weight.at(samples) - (cost.weight.fixed if follows_weight else 0.0)
         key = (item.segment, device)
@@ -245,13 +248,15 @@ class _Memory:
             saved += cost.rows.at(samples)
         if item.kind == "F":
             rise = max((line.at(samples) for line in cost.rises.forward), default=0.0)
-            self._add(device, saved if self.program.train else 0.0, rise)
+            joined = cost.joined.at(samples)  # till the step's end: its gradient is what all parts' gradients view
+            train = self.program.train
+            self._add(device, saved + joined if train else 0.0, rise if train else rise + joined)
             if not self.program.train:
                 self._ends(device, item)
         elif item.kind == "W":
             self.flushed[device].append(item)
             if ends_run:
-                self._flush(device)
+                self._flush(device, splits_backward)
         else:
             self._gradients(device, item, cost, samples, splits_backward)
             self._add(device, (max(cost.owed.at(samples), 0.0) if splits_backward else 0.0) - saved)
@@ -265,10 +270,10 @@ class _Memory:
     def _ends(self, device: str, item: Instruction) -> None:
         self._add(device, -self.boundary.pop((device, item.microbatch), 0.0))
 
-    def _flush(self, device: str) -> None:
+    def _flush(self, device: str, splits_backward: bool) -> None:
         """A run of W steps: each weight's gradient of all of them in one product, one weight after the other."""
         items, self.flushed[device] = self.flushed[device], []
-        for segment in dict.fromkeys(i.segment for i in items):
+        for segment in dict.fromkeys(i.segment for i in items if splits_backward):
             mine = [i for i in items if i.segment == segment]
             cost, samples = self.costs[segment, device], [samples_of(self.program, i) for i in mine]
             late = self.late.pop((segment, device), 0.0)
@@ -290,7 +295,9 @@ class _Memory:
         if splits_backward:
             self.late[key] = self.late.get(key, 0.0) + min(float(cost.later), total)
             total -= min(float(cost.later), total)
-        lines = cost.rises.put_off if splits_backward else cost.rises.first if fresh else cost.rises.later
+        lines = cost.rises.first if fresh else cost.rises.later
+        if splits_backward and cost.rises.put_off:
+            lines = cost.rises.put_off
         if self.together:  # each product is made once, and counted with the first
             owner = device == self.together[0]
             lines = cost.rises.owner if owner else cost.rises.helper

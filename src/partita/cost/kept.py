@@ -102,6 +102,7 @@ def lives(
     enters = _enters(graph, index, made, range_of)
     undone, done = np.zeros((n + 1, 2)), np.zeros((n + 1, 2))
     saved, stays, ends = Affine(), set[str](), dict[str, int]()
+    back: list[tuple[int, str, Affine]] = []  # where made, of what is saved by recomputing
 
     def alive(rows: Array, start: int, stop: int, size: Affine) -> None:
         rows[start] += (size.fixed, size.per_sample)
@@ -117,6 +118,7 @@ def lives(
             if here is not None and again:
                 alive(undone, min(again), here[1], k.size)
                 ends[k.base] = min(again)
+                back.append((at, k.base, k.size))
             if marks or len(inside) < len(k.savers):  # (its savers in other stages have gone before this backward)
                 saved = saved + k.size
                 stays.add(k.base)
@@ -151,13 +153,41 @@ def lives(
         for name in graph.ops[i].uses():
             base = graph.tensor(name).base or name
             if base in last:
-                last[base] = range_of[at][1] - 1 if at in range_of else at
+                here = range_of.get(at)  # what enters a range lives to its end
+                last[base] = at if here is None or range_of.get(made[base]) == here else here[1] - 1
     for base, at in made.items():
         if base not in stays and graph.tensor(base).role == "op":
-            inner = range_of.get(at)
-            stop = max(last[base], inner[1] - 1 if inner is not None else 0)
-            alive(done, at, stop + 1, tensor_bytes(graph, base))
+            alive(done, at, last[base] + 1, tensor_bytes(graph, base))
+    for start, stop in set(range_of.values()):
+        more = _more_while_made_again(graph, start, stop, made, last, back)
+        undone[stop - 1] += more
+        undone[stop] -= more
     return Lives(saved, np.cumsum(undone[:-1], axis=0), np.cumsum(done[:-1], axis=0), ends, frozenset(stays))
+
+
+def _more_while_made_again(
+    graph: Graph,
+    start: int,
+    stop: int,
+    made: Mapping[str, int],
+    last: Mapping[str, int],
+    back: Iterable[tuple[int, str, Affine]],
+) -> Array:
+    """Bytes (fixed, per sample) above what the range has saved in the end, at most, while its ops run again."""
+    rows = np.zeros((stop - start + 1, 2))
+    saved = set[str]()
+    for at, base, size in back:
+        if start <= at < stop:
+            rows[at - start] += (size.fixed, size.per_sample)
+            saved.add(base)
+    whole = rows.sum(axis=0)
+    for base, at in made.items():
+        if start <= at < stop and base not in saved and graph.tensor(base).role == "op":
+            size = tensor_bytes(graph, base)
+            rows[at - start] += (size.fixed, size.per_sample)
+            rows[min(last[base] + 1, stop) - start] -= (size.fixed, size.per_sample)
+    most: Array = np.maximum(np.cumsum(rows[:-1], axis=0).max(axis=0) - whole, 0.0)
+    return most
 
 
 def _enters(

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from partita.cluster import Device
 from partita.cost.affine import Affine, through
-from partita.graph import Graph, Op, at
+from partita.graph import Graph, Op, Ref, at
 
 _FAMILIES = {
     "matmul": "linear mm addmm bmm baddbmm matmul einsum addmv mv dot",
@@ -120,6 +120,32 @@ def op_cost(graph: Graph, op: Op, device: Device) -> OpCost:
 PRODUCTS = frozenset({"mul", "mul_", "matmul", "mm", "bmm", "linear"})
 
 
+_TURNS = frozenset({"transpose", "permute", "t", "numpy_T", "swapaxes", "movedim", "expand"})
+_CUTS = frozenset({"slice", "narrow"})
+_FOLLOWS = frozenset(
+    {"add", "sub", "mul", "div", "neg", "relu", "gelu", "silu", "sigmoid", "tanh", "dropout", "clone", "to", "_to_copy"}
+)
+
+
+def copies_input(graph: Graph, op: Op) -> bool:
+    """Whether a linear op works on a copy of its input, and keeps that: of rows that do not lie one after another."""
+    first = op.args[0] if op.args else None
+    if short(op.target) != "linear" or not isinstance(first, Ref) or len(graph.tensor(first.name).shape) < 3:
+        return False
+    name = first.name
+    while (made := graph.producer(name)) is not None:
+        maker = graph.ops[made]
+        kind = short(maker.target)
+        if kind in _TURNS or (kind in _CUTS and maker.args[1:2] != (0,)):
+            return True
+        shape = graph.tensor(name).shape
+        alike = [n for n in maker.uses() if graph.tensor(n).shape == shape]
+        if kind.rstrip("_") not in _FOLLOWS or not alike:
+            return False
+        name = alike[0]  # its result lies in memory as this does
+    return False
+
+
 def saved_tensors(graph: Graph, op: Op) -> tuple[str, ...]:
     """Tensors autograd keeps for this op's backward (parameters, buffers and constants not counted)."""
     if not op.grad or not any(graph.tensor(o).needs_grad for o in op.outputs if o):
@@ -136,7 +162,10 @@ def saved_tensors(graph: Graph, op: Op) -> tuple[str, ...]:
         return ()
     if short(op.target) in PRODUCTS:  # of two factors each is needed for the other's gradient
         wanted = [n for n in op.uses() if graph.tensor(n).needs_grad]
-        inputs = tuple(n for n in inputs if any(other != n for other in wanted) or op.uses() == (n,))
+        twice = sum(isinstance(a, Ref) for a in op.args) > len(op.uses())  # a square; times a number, nothing is kept
+        inputs = tuple(n for n in inputs if twice or any(other != n for other in wanted))
+        if copies_input(graph, op):
+            inputs = tuple(n for n in inputs if n != op.uses()[0])
     return (*inputs, *outputs[:1]) if kind == "attention" or op.target.startswith("opaque:") else inputs
 
 
@@ -155,9 +184,9 @@ KEEPS_A_COPY = frozenset(
 
 
 def workspace_bytes(graph: Graph, op: Op, samples: int) -> float:
-    """What backward needs beyond tensors of the graph: a recurrent layer's workspace, a layer norm's statistics,
-    attention's sums, a max pooling's positions, a copy of what is overwritten, and as much as its result for code that
-    cannot be looked into.
+    """What backward needs beyond tensors of the graph: a recurrent layer's workspace, a copied input, a layer norm's
+    statistics, attention's sums, a max pooling's positions, a copy of what is overwritten, and as much as its result
+    for code that cannot be looked into.
     """
     name = short(op.target)
     if not op.grad or not op.outputs or not op.outputs[0]:
@@ -167,6 +196,8 @@ def workspace_bytes(graph: Graph, op: Op, samples: int) -> float:
         counts = [a for a in op.args if isinstance(a, int) and not isinstance(a, bool)]
         layers = 1 if name.endswith("_cell") else max(counts[:1], default=1)
         return float(RECURRENT[name] * layers * out.nbytes(samples))
+    if copies_input(graph, op) and any(graph.tensor(n).needs_grad for n in op.uses()[1:]):
+        return float(graph.tensor(op.uses()[0]).nbytes(samples))
     if name.startswith("opaque:") or (name in KEEPS_A_COPY and out.needs_grad):
         return float(out.nbytes(samples))
     if name in ("layer_norm", "native_layer_norm"):

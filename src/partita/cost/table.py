@@ -7,7 +7,7 @@ a block apart is still priced, and the blocks' sums are the measured numbers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from partita.cost.measured import Measured
 from partita.cost.ops import op_cost, saved_tensors
 from partita.cost.surge import Rises, is_apart, parameters_of, rises
 from partita.graph import Graph
-from partita.program import Program
+from partita.program import Partial, Program, Segment, Split
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -36,6 +36,7 @@ class SegmentCost:
     ``owed``: kept between B and W where weight gradients are put off; ``later``: bytes of the gradients that W makes;
     ``products``: the parameters they are of. ``given``: what the caller holds for the whole batch and these ops use
     (inputs, noise), which ``saved`` leaves out; ``rows``: of it, what backward needs of a microbatch.
+    ``joined``: what it takes in one piece that its makers hold in parts.
     """
 
     forward: Affine
@@ -51,6 +52,7 @@ class SegmentCost:
     products: frozenset[str] = frozenset()
     given: tuple[tuple[str, Affine], ...] = ()
     rows: Affine = Affine()
+    joined: Affine = Affine()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -262,6 +264,13 @@ def _sum(rows: Array) -> Affine:
     return Affine(float(fixed), float(per_sample))
 
 
+def _joined(graph: Graph, program: Program, segment: Segment) -> Affine:
+    if segment.phase != "whole" or len(program.sizes) == 1:
+        return Affine()
+    parts = {use.tensor for use in segment.uses if use.source >= 0 and isinstance(use.layout, (Split, Partial))}
+    return sum((tensor_bytes(graph, name) for name in sorted(parts)), Affine())
+
+
 def segment_costs(program: Program, table: CostTable, cluster: Cluster) -> dict[tuple[int, str], SegmentCost]:
     """(segment, device name) -> its cost, for every device the program may run the segment on."""
     position = {op.name: i for i, op in enumerate(table.graph.ops)}
@@ -276,6 +285,7 @@ def segment_costs(program: Program, table: CostTable, cluster: Cluster) -> dict[
                 continue
             if (s, kind) not in known:
                 apart = len(program.sizes) > 1 and segment.phase == "split"
-                known[s, kind] = segment_cost(table, kind, ops, segment.recompute, apart=apart, train=program.train)
+                cost = segment_cost(table, kind, ops, segment.recompute, apart=apart, train=program.train)
+                known[s, kind] = replace(cost, joined=_joined(table.graph, program, segment))
             result[s, name] = known[s, kind]
     return result

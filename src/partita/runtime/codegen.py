@@ -143,7 +143,7 @@ class _Writer:
         i = 0
         while i < len(ops):
             if i in starts:
-                inner = self.range(ops, i, starts[i])
+                inner = self.range(ops, i, starts[i], kept)
                 i = starts[i]
                 self.drop(i - 1, {i - 1: [t for t in drops.get(i - 1, ()) if t not in inner]}, "    ")
                 continue
@@ -161,20 +161,28 @@ class _Writer:
         self.lines.append(f"    return ({results})")
         return "\n".join(self.lines), self.names
 
-    def range(self, ops: list[Op], start: int, end: int) -> set[str]:
-        """Ops [start, end) as an inner function under activation checkpointing; the tensors that stay inside it."""
+    def range(self, ops: list[Op], start: int, end: int, kept: set[str]) -> set[str]:
+        """Ops [start, end) as an inner function under activation checkpointing, but for ``kept`` each tensor dropped
+        after its last use; the tensors that stay inside it.
+        """
         inside = {o for op in ops[start:end] for o in op.outputs if o}
         needed = dict.fromkeys(self.arg(op, Ref(t), "b") for op in ops[start:end] for t in op.uses() if t not in inside)
         after = {t for op in ops[end:] for t in op.uses()} | set(self.segment.outputs)
         leaving = [o for op in ops[start:end] for o in op.outputs if o and o in after]
         taken = ", ".join(["b", "B", "dev", *needed])
         self.lines.append(f"    def again{start}({taken}):")
-        for op in ops[start:end]:
-            if op.grad:
-                self.call(op, "        ")
+        drops: dict[int, list[str]] = {}
+        last = {t: i for i in range(start, end) for t in (*ops[i].uses(), *(o for o in ops[i].outputs if o))}
+        for tensor, i in last.items():
+            if tensor in inside and tensor not in leaving and tensor not in kept:
+                drops.setdefault(i, []).append(tensor)
+        for i in range(start, end):
+            if ops[i].grad:
+                self.call(ops[i], "        ")
             else:
                 self.lines.append("        with no_grad():")
-                self.call(op, "            ")
+                self.call(ops[i], "            ")
+            self.drop(i, drops, "        ")
         results = "".join(f"{self.variables[t]}, " for t in leaving)
         self.lines.append(f"        return ({results})")
         self.lines.append(
