@@ -2,7 +2,7 @@
 
     python -m benchmarks.planner.scale             the cases, then growth with layers and with devices
     python -m benchmarks.planner.scale --cases     the cases only
-    python -m benchmarks.planner.scale --growth -o growth.svg     growth only, drawn
+    python -m benchmarks.planner.scale --growth -o growth.svg     growth only, drawn (--rows FILE: goes on from there)
 
 Every line runs in a process of its own: ``peak`` is that process's largest resident memory, imports included (torch
 alone takes about 0.25 GiB). ``capture`` includes making the model; ``plan`` everything from the captured graph to the
@@ -13,6 +13,7 @@ thread, so the two agree where nothing else runs.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import resource
 import time
@@ -97,6 +98,20 @@ def _apart(case: Case) -> dict[str, Any]:
         return pool.apply(measure, (case,))
 
 
+def _kept(case: Case, file: Path | None) -> dict[str, Any]:
+    """The row of ``file`` for this case, or a new one, which is added there."""
+    key = f"{case.model}, {case.cluster}, {case.batch} x {case.length}"
+    known = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file and file.is_file() else []
+    for row in known:
+        if row["case"] == key:
+            return dict(row)
+    row = {"case": key, "layers": case.model, **_apart(case)}
+    if file is not None:
+        with file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")
+    return row
+
+
 def _line(case: Case, row: dict[str, Any]) -> str:
     name = case.model if isinstance(case.model, str) else f"gpt, {case.model} layers"
     return (
@@ -114,6 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", action="store_true", help="no growth")
     parser.add_argument("--growth", action="store_true", help="growth only")
+    parser.add_argument("--rows", type=Path, help="file of growth's rows to go on with")
     parser.add_argument("--out", "-o", type=Path, help="SVG to draw growth into")
     options = parser.parse_args()
     if not options.growth:
@@ -130,7 +146,7 @@ def main() -> None:
         print(f"\ngrowth with {title}\n{HEADER}")
         rows = []
         for case in cases:
-            rows.append({**_apart(case), "layers": case.model})
+            rows.append(_kept(case, options.rows))
             print(f"{_line(case, rows[-1])}  {'#' * round(8 * rows[-1]['plan_cpu'])}", flush=True)
         lines = tuple(
             Line(name, tuple((row[key], row[what]) for row in rows))
