@@ -209,7 +209,7 @@ def knowing(chosen: str) -> Iterator[None]:
 
 
 def best(tries: dict[str, Callable[[], Ready]]) -> Ready:
-    """The fastest of several settings, by the slower rank's least time of three steps."""
+    """The fastest of several settings, by the slower rank's least time of two steps."""
     times, made = {}, {}
     tries = {key: build for key, build in tries.items() if key == _known[-1]} or tries
     if len(tries) == 1:
@@ -218,7 +218,7 @@ def best(tries: dict[str, Callable[[], Ready]]) -> Ready:
     for key, build in tries.items():
         ready = made[key] = build()
         least = []
-        for _ in range(4):
+        for _ in range(3):
             dist.barrier()
             start = perf_counter()
             ready.step()

@@ -57,6 +57,8 @@ def main() -> int:
         for model in options.models.split(","):
             found = contest(name, model, options.rounds, options.ranks, known.get(f"{name} {model}", {}))
             known[f"{name} {model}"] = found["chosen"]
+            if options.settings:
+                options.settings.write_text(json.dumps(known, indent=1))
             seconds = rows(found)
             everything.append({"contest": name, "model": model, "seconds": seconds, "found": found})
             ours = min((n for n in seconds if n.startswith("partita")), key=lambda n: median(seconds[n]), default="")
@@ -81,8 +83,6 @@ def main() -> int:
             for who, why in found["failed"].items():  # type: ignore[attr-defined]
                 table.add_row(model, who, "failed", "", "", "", "", "", why)
         console.print(table)
-        if options.settings:
-            options.settings.write_text(json.dumps(known, indent=1))
     if options.json:
         print(json.dumps(everything))
     return 0

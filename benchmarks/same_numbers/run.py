@@ -31,7 +31,7 @@ from partita.lockstep import can_synchronise
 from partita.manual import plan_live, stage_names
 from partita.plan import Batch, Plan, Stage
 from partita.planners.auto import auto
-from partita.runtime.compare import Comparison, compare, observe
+from partita.runtime.compare import Comparison, allow_rounding, compare, observe, observe64
 from partita.runtime.live import children_bytes
 from partita.runtime.module import ParallelModule
 from partita.sharding.batch import layouts
@@ -161,9 +161,13 @@ def comparisons(
             plan, remark = planned(captured.graph, case) if case.tensor > 1 else (even_plan(captured.graph, case), "")
         divided = ParallelModule(model, plan, CLUSTER)
         try:
-            found = compare(observe(model, model, *fresh), observe(divided, model, *fresh))
+            expected, actual = observe(model, model, *fresh), observe(divided, model, *fresh)
+            found = compare(expected, actual)
             if case.tensor > 1:
                 found = to_rounding(found)
+                if not found.ok:  # as verify judges: no further from float64's result than the undivided model is
+                    found = allow_rounding(found, expected, actual, observe64(model, *fresh))
+                    remark = remark or "rounding as large as the undivided model's own" * found.ok
             yield case, captured, found, remark
         finally:
             divided.close()

@@ -274,7 +274,10 @@ def main(words: Sequence[str] | None = None) -> int:
     wanted: dict[int, list[Case]] = {}
     equal: Counter[str] = Counter()
     for size in map(int, given.ranks.split(",")):
-        wanted[size], others = apart([c for c in product_of(size) if c.model in models], graphs)
+        cases = [c for c in product_of(size) if c.model in models]
+        if given.most:
+            cases = widest_first(cases, seed=size)[: 2 * given.most]  # some of them are equal by construction
+        wanted[size], others = apart(cases, graphs)
         equal += others
         wanted[size] = widest_first(wanted[size], seed=size)[: given.most]
     if not given.summary:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.cases import Case
+from tests.distributed.cases import Case, product_of
+from tests.distributed.matrix import shows, widest_first
 from tests.distributed.spawn import ROOT, environment, run_ranks
 
 # Each family once, stages, replicas, members and ZeRO levels; the whole product: pytest -m distributed_full
@@ -33,6 +34,13 @@ def run(ranks: int, cases: tuple[Case, ...], timeout: float) -> None:
     assert [f for f in found if f["count"]] == []
     assert len(found) == len(cases), "\n".join(e.err[-3000:] for e in ended)
     assert [e.code for e in ended] == [0] * ranks
+
+
+def test_the_first_of_a_sample_show_all_there_is_to_show() -> None:
+    cases = list(product_of(2))
+    found = widest_first(cases, seed=2)
+    assert sorted(map(str, found)) == sorted(map(str, cases))
+    assert set.union(*map(shows, found[: len(cases) // 4])) == set.union(*map(shows, cases))
 
 
 def test_two_ranks_compute_what_one_process_computes() -> None:
