@@ -22,7 +22,7 @@ from tests.distributed.test_checkpoint_ranks import TWO, same, whole
 
 def run(folder: str, plan: str, die: int, after: float) -> list[Ended]:
     job = f"save={folder},plan={plan},die={die},after={after:.4f}"
-    return run_ranks(2, ["-m", "tests.distributed.checkpoints", job], timeout=120)
+    return run_ranks(2, ["-m", "tests.distributed.checkpoints", job], timeout=400)
 
 
 def seconds_of(ended: list[Ended]) -> float:
