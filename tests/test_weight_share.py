@@ -14,7 +14,8 @@ from partita.runtime.module import ParallelModule
 
 
 class Tied(nn.Module):
-    """An embedding shared with the head, a layer called twice, one whose output is not used."""
+    """An embedding shared with the head and with one that pads, a layer called twice and one with its weight and another
+    bias, one whose output is not used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,9 +24,14 @@ class Tied(nn.Module):
         self.idle = nn.Linear(16, 16)
         self.head = nn.Linear(16, 32, bias=False)
         self.head.weight = self.embed.weight
+        self.padded = nn.Embedding(32, 16, padding_idx=0)
+        self.padded.weight = self.embed.weight
+        self.other = nn.Linear(16, 16)
+        self.other.weight = self.twice.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.twice(torch.tanh(self.twice(self.embed(x))))
+        y = torch.tanh(self.other(y)) + self.padded(x)
         self.idle(y)
         return self.head(y)
 

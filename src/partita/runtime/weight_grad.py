@@ -46,7 +46,7 @@ class WeightQueue:
         x: torch.Tensor,
         grad: torch.Tensor,
     ) -> None:
-        """``what``: the kind of product and its weights; pairs of the same ``what`` are joined."""
+        """``what``: the kind of product and its weights; pairs of the same ``what`` (replicas': kind and weight) join."""
         name = getattr(leaf, _MARK)
         if self.share is not None and self.share.takes(name):
             self.share.add(name, str(what[0]), make, x, grad)
@@ -93,6 +93,10 @@ def _queue(*weights: torch.Tensor | None) -> WeightQueue | None:
 
 
 _MARK = "partita_alias"
+
+
+def _name(leaf: torch.Tensor | None) -> str:
+    return getattr(leaf, _MARK, "")
 
 
 def mark(alias: torch.Tensor, name: str) -> None:
@@ -150,7 +154,7 @@ class _Linear(torch.autograd.Function):
                     _add(bias, gs.sum(0))
 
         result = grad.matmul(weight) if ctx.wants_x else None
-        ctx.queue.add(("linear", id(leaf), id(bias)), leaf, make, x, grad)
+        ctx.queue.add((f"linear {_name(bias)}", id(leaf), id(bias)), leaf, make, x, grad)
         return result, None, None, None
 
 
@@ -184,7 +188,7 @@ class _Addmm(torch.autograd.Function):
                 _add(bias, gs.sum(0))
 
         result = grad.matmul(weight.t()) if ctx.wants_x else None
-        ctx.queue.add(("addmm", id(leaf), id(bias)), leaf, make, x, grad)
+        ctx.queue.add((f"addmm {_name(bias)}", id(leaf), id(bias)), leaf, make, x, grad)
         return None, result, None, None
 
 
@@ -217,7 +221,7 @@ class _Embedding(torch.autograd.Function):
             dense = torch.ops.aten.embedding_dense_backward(grad, index, leaf.shape[0], padding, False)
             _add(leaf, dense)
 
-        ctx.queue.add(("embedding", id(leaf), padding), leaf, make, index, grads[0])
+        ctx.queue.add((f"embedding {padding}", id(leaf), padding), leaf, make, index, grads[0])
         return None, None, None, None
 
 
