@@ -322,7 +322,9 @@ def test_outputs_put_in_another_order_would_be_wrong(monkeypatch: pytest.MonkeyP
     from partita.capture import Captured
 
     whole = Captured.unflatten
-    monkeypatch.setattr(Captured, "unflatten", lambda self, outputs: whole(self, [*outputs[1:], outputs[0]]))
+    monkeypatch.setattr(
+        Captured, "unflatten", lambda self, outputs, *rest: whole(self, [*outputs[1:], outputs[0]], *rest)
+    )
     args, kwargs = structured(8)
     assert wrong(Structured(), args, kwargs, at=["b", "c"])
 

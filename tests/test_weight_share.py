@@ -14,8 +14,8 @@ from partita.runtime.module import ParallelModule
 
 
 class Tied(nn.Module):
-    """An embedding shared with the head and with one that pads, a layer called twice and one with its weight and another
-    bias, one whose output is not used."""
+    """An embedding shared with the head and with one that pads, a layer called twice and one with its weight but
+    another bias, one whose output is not used."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -44,13 +45,16 @@ __all__ = [
     "decomposes",
     "enable_python_dispatcher",
     "force_eager",
+    "global_hooks",
     "has_grad_hooks",
     "no_modes",
+    "not_compiled",
     "local_part",
     "pytree",
     "safe_softmax",
     "storage_key",
     "tcp_store",
+    "transforming",
     "unchecked_distributions",
     "version",
     "without_pre_dispatch",
@@ -123,6 +127,39 @@ def force_eager() -> Iterator[None]:
     stance: Callable[[str], Any] = torch.compiler.set_stance
     with stance("force_eager"):
         yield
+
+
+def transforming() -> bool:
+    """Whether a functorch transform (vmap, grad, jvp) is at work around. Public: none."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def global_hooks() -> tuple[int, ...]:
+    """Identities of the hooks registered for all modules at once. Public: registering them only."""
+    module = sys.modules["torch.nn.modules.module"]
+    kinds = ("forward_pre", "forward", "backward_pre", "backward")
+    return tuple(id(hook) for kind in kinds for hook in getattr(module, f"_global_{kind}_hooks", {}).values())
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def not_compiled(function: F) -> F:
+    """The function runs as plain Python inside what ``torch.compile`` compiles.
+
+    ``torch.compiler.disable`` imports torch._dynamo, which takes seconds: asked only where that has been imported.
+    """
+    made: list[Any] = []
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not made:
+            made.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return made[0](*args, **kwargs)
+
+    return cast(F, run)
 
 
 def wrapped(tensor: torch.Tensor) -> bool:

@@ -149,7 +149,7 @@ def stage_modules(
 def _assemble(steps: list[list[_Step]], captured: Captured, shared: _Shared) -> Iterator[StageModule]:
     """From the last stage's needs backwards: what a stage does not make itself it takes from the stage before."""
     here = set(shared.paths) | set(shared.constants)
-    gives = list(captured.graph.outputs)
+    gives = list(captured.graph.outputs[: captured.returned])
     found: list[StageModule] = []
     for number in reversed(range(len(steps))):
         made = {name for step in steps[number] for name in step.makes}

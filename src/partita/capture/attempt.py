@@ -20,15 +20,16 @@ from partita.capture.captured import Captured
 from partita.capture.frames import line_of, line_of_forward
 from partita.capture.generalise import Disagree, Line, build, extrapolates, join, live, own_constants
 from partita.capture.guards import make_guards
-from partita.capture.memory import Change, Effect, Spoilt, Tally, keep_buffers, memo_of_tensors, step_of
+from partita.capture.memory import Change, Effect, Spoilt, Tally, keep_buffers, memo_of, memo_of_tensors, step_of
 from partita.capture.opaque import substituted
 from partita.capture.outward import Pieces
 from partita.capture.randomness import separate
 from partita.capture.records import Break, Call, Trace
 from partita.capture.shadow import Shadow
 from partita.capture.state import ModuleState, same_random_numbers
-from partita.capture.structure import Structure, put_together, take_apart
+from partita.capture.structure import Structure, held_by, put_together, still_holds, take_apart
 from partita.capture.tracer import Draws, Tracer
+from partita.capture.unfit import ordinary, unfit
 from partita.errors import CaptureError
 from partita.torch_compat import FakeTensor
 
@@ -73,6 +74,7 @@ class _Capture:
         self.model, self.forward, self.guards = model, forward, guards
         self.leaves, self.structure = take_apart((args, kwargs))
         self.inputs = tuple(_input_name(path) for path in self.structure.paths)
+        self.in_contents = self.structure.contents()
         self.batch = batch_of(self.leaves)
         self.notes: list[str] = []
         self.pieces = Pieces(model)
@@ -83,7 +85,7 @@ class _Capture:
 
     def result(self) -> Captured:
         with same_random_numbers():
-            found = self.settled()
+            found = unfit(self.model, dict(zip(self.inputs, self.leaves, strict=True)), self.tensors) or self.settled()
             if isinstance(found, str):
                 return self.alive(found)
             trace, calls = found
@@ -99,8 +101,12 @@ class _Capture:
             if call.target in trace.opaques:
                 outs = [graph.tensor(o).shape for o in call.outputs if o]
                 trace.opaques[call.target].shapes = tuple(outs)
+        modules = dict(self.model.named_modules())
         return Captured(graph, trace.opaques, {n: t for n, t in trace.constants.items() if n in used}, self.inputs,
-                        self.structure, trace.structure, guards=guards, effects=self.effects)  # fmt: skip
+                        self.structure, trace.structure, guards=guards, effects=self.effects,
+                        left=tuple((modules[path], attribute) for path, attribute in trace.left),
+                        filled=trace.filled, same=trace.same, returned=trace.returned,
+                        in_contents=self.in_contents)  # fmt: skip
 
     def settled(self) -> tuple[Trace, list[Call]] | str:
         """A trace, after making a piece of everything in its way; or the reason why the model itself is."""
@@ -117,13 +123,14 @@ class _Capture:
                         ) from None
                     if found.__cause__ is not None and (problem := self.fails_for_real()):
                         raise CaptureError(
-                            f"{type(self.model).__name__} cannot run on the example inputs: {problem}. "
+                            f"{type(self.model).__name__} cannot run on the example inputs: {type(problem).__name__}: "
+                            f"{str(problem).strip()} at {line_of(problem)}. "
                             "Check that model(*args, **kwargs) works before dividing it."
-                        ) from found.__cause__
+                        ) from problem
                     return reason
 
-    def fails_for_real(self) -> str:
-        """What goes wrong when the model runs as it is on the example inputs; '' if nothing does."""
+    def fails_for_real(self) -> Exception | None:
+        """What goes wrong when the model runs as it is on the example inputs."""
         state = ModuleState(self.model)
         own = list(self.tensors.values())
         copies = [t.detach().clone().requires_grad_(t.requires_grad) for t in own]
@@ -134,10 +141,10 @@ class _Capture:
             with substituted(self.model, own, copies):
                 self.forward(*args, **kwargs)
         except Exception as error:
-            return f"{type(error).__name__}: {str(error).strip()} at {line_of(error)}"
+            return error
         finally:
             state.restore()
-        return ""
+        return None
 
     def graph(self, trace: Trace, calls: list[Call], shapes: dict[str, Any], batch: int) -> Any:
         return build(type(self.model).__name__, trace, calls, shapes, batch=batch, ties=self.ties,
@@ -146,7 +153,10 @@ class _Capture:
     def alive(self, reason: str) -> Captured:
         """No graph: the model runs as it is."""
         tracer = Tracer(self.model)
-        self.enter(tracer, self.leaves)
+        inputs = zip(self.inputs, self.leaves, strict=True)
+        for name, tensor, role in (*((n, *t) for n, t in self.names.items()), *((n, t, "input") for n, t in inputs)):
+            if ordinary(tensor):
+                tracer.enter(name, tensor, role, name)
         self.notes.append(f"runs module by module: {reason}")
         return Captured(self.graph(tracer.trace, [], {}, 0), {}, {}, self.inputs, self.structure, None, live=reason)
 
@@ -176,9 +186,15 @@ class _Capture:
         state = ModuleState(self.model)
         try:
             tracer = self.run(leaves, watch=watch)
+            for path, name, value in state.outside_changes():
+                if memo_of(tracer, value) != "memo":
+                    line = line_of_forward(self.model.get_submodule(path))
+                    raise Break(f"forward (or a hook) changes {name}, which is no part of the model,", "", line)
             changes = state.changes()
             if changes:
-                self.excuse(tracer, leaves, state, changes)
+                left = self.excuse(tracer, leaves, state, changes)
+                tracer.trace.left = tuple(left)
+                self.give_back(tracer, (tracer.out, [*left.values(), *tracer.filled.values()]))
         finally:
             state.restore()
         trace = tracer.trace
@@ -205,28 +221,43 @@ class _Capture:
     def recorded(self, tracer: Tracer, leaves: list[torch.Tensor], instead: Mapping[int, Any] | None) -> None:
         """Trace once and leave the model as it is afterwards, its parameters replaced by fakes."""
         inputs, fakes = self.enter(tracer, leaves)
-        args, kwargs = put_together(self.structure, inputs)
+        given = tracer.given
+        args, kwargs = put_together(self.structure, inputs, given)
+        before = {n: held_by(item) for n, item in given.items() if not isinstance(item, tuple)}
         swap(self.model, {**fakes, **{old: fakes[real] for old, real in (instead or {}).items()}})
         tracer.buffer_at = {
             (path, key): t for path, m in self.model.named_modules() for key, t in m._buffers.items() if t is not None
         }
         out = tracer.run(self.forward, args, kwargs)
         keep_buffers(tracer, self.model)
-        tensors, tracer.trace.structure = take_apart(out)
-        for tensor in tensors:
-            tracer.trace.outputs.append(tracer.name_of(tracer.stand_in(tensor)))
+        tracer.out = out
+        tracer.filled = {n: held_by(given[n]) for n, then in before.items() if not still_holds(given[n], then)}
+        tracer.trace.returned = len(take_apart(out)[0])
+        tracer.trace.filled = tuple(tracer.filled)
+        self.give_back(tracer, (out, list(tracer.filled.values())))
 
-    def excuse(self, tracer: Tracer, leaves: list[torch.Tensor], state: ModuleState, changes: list[Change]) -> None:
-        """Forward changed Python state. Fine if it stays out of the graph: a memo, or a counter nobody reads.
+    def give_back(self, tracer: Tracer, value: Any) -> None:
+        """The tensors in ``value`` are what the graph gives."""
+        found: dict[int, Any] = {}
+        tensors, tracer.trace.structure = take_apart(value, found)
+        number = {id(item): n for n, item in tracer.given.items() if not isinstance(item, tuple)}
+        tracer.trace.same = tuple((n, number[id(item)]) for n, item in found.items() if id(item) in number)
+        tracer.trace.outputs = [tracer.name_of(tracer.stand_in(tensor)) for tensor in tensors]
+
+    def excuse(
+        self, tracer: Tracer, leaves: list[torch.Tensor], state: ModuleState, changes: list[Change]
+    ) -> dict[Change, Any]:
+        """Forward changed Python state. Fine if it does not act on it: a memo, a counter, a loss or a map left behind.
 
         Told by running again from the changed state: the same ops, and no further change. Raises Break otherwise.
+        Returns the attributes with tensors that forward leaves behind, made anew in each call.
         """
         again: list[Change] = []
-        spoilt: list[Change] = []
+        spoilt: dict[Change, Any] = {}
         for path, attribute in changes:
             kind = memo_of_tensors(tracer, state.modules[path], attribute)
             if kind == "state":  # fine where forward makes it anew before it looks: spoilt for the second run
-                spoilt.append((path, attribute))
+                spoilt[path, attribute] = vars(state.modules[path])[attribute]
                 state.modules[path].__dict__[attribute] = Spoilt()
             if kind == "memo":  # made of nothing but shapes: made anew by each run
                 state.put_back(path, attribute)
@@ -238,7 +269,7 @@ class _Capture:
         try:
             second = self.run(leaves, instead=originals)
         except (Break, Exception):
-            path, attribute = (spoilt or changes)[0]
+            path, attribute = (list(spoilt) or changes)[0]
             raise self.keeps(path, f"keeps the attribute {attribute!r} from call to call") from None
         more = [c for c in between.changes() if c not in again and c not in spoilt]
         counters = {}
@@ -250,6 +281,7 @@ class _Capture:
         self.compare(tracer, second, changes[0])
         if counters:
             self.count(tracer, leaves, state, counters)
+        return spoilt
 
     def count(self, tracer: Tracer, leaves: list[torch.Tensor], state: ModuleState, steps: dict[Change, Any]) -> None:
         """Numbers that grow by the same step in each call: allowed if forward does nothing else with them."""
@@ -339,7 +371,7 @@ def swap(model: nn.Module, stand_in: dict[int, Any]) -> None:
 
 def batch_of(leaves: list[torch.Tensor]) -> int:
     """The most common dim 0 among the inputs (the first of equals); 0 without inputs."""
-    counts = Counter(t.shape[0] for t in leaves if t.dim() > 0)
+    counts = Counter(t.shape[0] for t in leaves if not t.is_nested and t.dim() > 0)
     return counts.most_common(1)[0][0] if counts else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -102,11 +103,24 @@ def step_of(before: Any, between: Any, after: Any) -> Any:
 
 
 def memo_of_tensors(tracer: Tracer, module: nn.Module, attribute: str) -> str:
-    """'' where the attribute holds no traced tensor; 'memo' where these follow from shapes alone; else 'state'."""
-    value = vars(module).get(attribute)
+    """'' where the attribute holds no traced tensor; 'memo' where these follow from shapes and constants alone; else
+    'state'."""
+    return memo_of(tracer, vars(module).get(attribute))
+
+
+def memo_of(tracer: Tracer, value: Any) -> str:
+    """The same of any value."""
+    if isinstance(value, types.CellType):
+        value = value.cell_contents
     if isinstance(value, nn.Module) or (callable(value) and not isinstance(value, torch.Tensor)):
         return ""
-    tensors = [t for t in take_apart(value)[0] if isinstance(t, tc.FakeTensor) and id(t) not in tracer.originals]
+    found = [t for t in take_apart(value)[0] if isinstance(t, tc.FakeTensor)]
+    tensors = [t for t in found if id(t) not in tracer.originals or _role(tracer, t) == "input"]
     if not tensors:
         return ""
-    return "memo" if all(not tracer.taint(tracer.name_of(t)) for t in tensors) else "state"
+    taint = frozenset[str]().union(*(tracer.taint(tracer.name_of(t)) for t in tensors))
+    return "memo" if all(t.startswith("constant ") for t in taint) else "state"
+
+
+def _role(tracer: Tracer, tensor: torch.Tensor) -> str:
+    return tracer.trace.values[tracer.names[id(tensor)]].role

@@ -17,7 +17,7 @@ class Pieces:
         for path, module in self.modules.items():
             if path and (module._backward_hooks or module._backward_pre_hooks):
                 self.reasons[path] = "it has backward hooks"
-            elif path and _own_hooks(module):
+            elif path and own_hooks(module):
                 self.reasons[path] = "it has forward hooks of yours"
             elif path and isinstance(module, torch.jit.ScriptModule):
                 self.reasons[path] = "it is a ScriptModule"
@@ -50,7 +50,7 @@ class Pieces:
 _PURE_HOOKS = frozenset({"torch", "transformers"})  # weight_norm; the recorders of hidden states and router logits
 
 
-def _own_hooks(module: nn.Module) -> bool:
+def own_hooks(module: nn.Module) -> bool:
     """Whether hooks run around its forward that may do more than compute: the user's, not a library's known ones."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     made_in = (getattr(hook, "__module__", None) or type(hook).__module__ for hook in hooks)

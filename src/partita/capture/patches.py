@@ -114,6 +114,17 @@ def patched(tracer: Tracer) -> Iterator[None]:
 
         return call_method
 
+    def seeding(original: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if mine():
+                raise tracer.stop("the random generator is set inside forward")
+            return original(*args, **kwargs)
+
+        return refuse
+
+    seeds = [(m, n, getattr(m, n)) for m in (torch, torch.random) for n in ("manual_seed", "seed", "set_rng_state")]
+    for owner, name, original in seeds:
+        setattr(owner, name, seeding(original))
     replaced: list[tuple[nn.Module, str]] = []
     for path, module in tracer.model.named_modules():
         for piece in tracer.pieces:
@@ -134,6 +145,8 @@ def patched(tracer: Tracer) -> Iterator[None]:
         nn.Module.__call__ = call  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
         torch.autograd.grad, torch.autograd.backward = grad, backward
+        for owner, name, original in seeds:
+            setattr(owner, name, original)
         _active.tracer = None
         for module, name in replaced:
             module.__dict__.pop(name, None)

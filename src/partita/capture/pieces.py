@@ -193,7 +193,16 @@ def _run(tracer: Tracer, opaque: Opaque, module: nn.Module | None, tensors: list
     try:
         with tc.no_modes():
             args, kwargs = put_together(opaque.arguments, tensors)
-            return opaque.call(args, kwargs, own)
+            out = opaque.call(args, kwargs, own)
+        if state is not None:
+            for _, name, _ in state.outside_changes():
+                raise tracer.stop(
+                    f"{opaque.label} (or a hook of it) changes {name}, which is no part of the model,", ""
+                )
+            for inside, name in state.changes():
+                if any(t.requires_grad for t in take_apart(vars(state.modules[inside]).get(name))[0]):
+                    raise tracer.stop(f"{opaque.label} keeps a tensor through which gradients flow in {name!r}", "")
+        return out
     finally:
         tracer.inside -= 1
         if state is not None:
@@ -225,10 +234,15 @@ def _check_shapes(
 
 
 def _other(tensor: torch.Tensor) -> torch.Tensor:
-    """Other values of the same kind: rolled, floats stirred."""
+    """Other values of the same kind: rolled, floats stirred, masks and counts with another sum."""
     new = tensor.detach().clone()
     if new.numel():
-        new = new.flatten().roll(1).reshape(new.shape)
+        flat = new.flatten().roll(1)
+        if flat.dtype == torch.bool:
+            flat[0] = ~flat[0]
+        elif not flat.is_floating_point() and not flat.is_complex():
+            flat[0] = flat[-1]
+        new = flat.reshape(new.shape)
         if new.is_floating_point():
             new = new + 0.1 * torch.randn_like(new) * new.abs().mean()
     return new.requires_grad_(tensor.requires_grad)

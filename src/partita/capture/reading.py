@@ -114,9 +114,9 @@ def by_value(
 
 
 def allow(tracer: Tracer, names: list[str], what: str) -> frozenset[str]:
-    """What these values follow from. Raises Break unless it is inputs and untouched buffers alone."""
+    """What these values follow from. Raises Break unless it is inputs, constants and untouched buffers alone."""
     taint: frozenset[str] = frozenset().union(*(tracer.taint(n) for n in names))
-    bad = sorted(t for t in taint if t != "input" and not t.startswith("buffer "))
+    bad = sorted(t for t in taint if t != "input" and not t.startswith(("buffer ", "constant ")))
     if bad:
         raise tracer.stop(f"{what}, which follows from {' and '.join(bad)}")
     if taint and not tracer.guards:

@@ -81,6 +81,10 @@ class Trace:
     outputs: list[str] = field(default_factory=list)
     structure: Any = None
     reads: list[Read] = field(default_factory=list)
+    left: tuple[tuple[str, str], ...] = ()  # (module path, attribute) where forward left tensors, the last outputs
+    same: tuple[tuple[int, int], ...] = ()  # nodes of the answer that are arguments themselves
+    filled: tuple[int, ...] = ()  # arguments that forward changed; what they hold then comes after that
+    returned: int = 0  # how many of the outputs forward returns
     unchecked: bool = False  # distributions were made, without the checks of their arguments
 
 

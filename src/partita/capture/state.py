@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import types
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from partita.capture.contents import ITEMS, is_object, named_by
 from partita.torch_compat import version
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, type)
@@ -84,15 +86,30 @@ def _digest(value: Any, depth: int, seen: frozenset[int]) -> Any:
     if id(value) in seen or depth == 0 or isinstance(value, nn.Module):
         return ("object", id(value))
     inner = seen | {id(value)}
+    if isinstance(value, dict | list | set) and len(value) > ITEMS:
+        return ("object", id(value), len(value))
     if isinstance(value, dict):
-        items = tuple((_digest(k, 1, inner), _digest(v, depth - 1, inner)) for k, v in value.items())
+        items = tuple((_digest(k, 1, inner), _digest(v, depth - 1, inner)) for k, v in dict.items(value))
         return (type(value).__name__, id(value), items)
     if isinstance(value, list | tuple | set | frozenset) or type(value).__name__ == "deque":
         return (type(value).__name__, 0 if isinstance(value, tuple) else id(value),
                 tuple(_digest(v, depth - 1, inner) for v in value))  # fmt: skip
-    if hasattr(value, "__dict__") and not callable(value):
+    if isinstance(value, types.CellType):
+        return ("cell", id(value), _digest(_cell(value), depth - 1, inner))
+    if _has_attributes(value):
         return ("object", id(value), _digest(vars(value), depth - 1, inner))
     return ("object", id(value))
+
+
+def _has_attributes(value: Any) -> bool:
+    return hasattr(value, "__dict__") and (not callable(value) or is_object(value))
+
+
+def _cell(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
 
 
 def _copy_container(value: Any, depth: int, memo: dict[int, Any]) -> None:
@@ -100,8 +117,8 @@ def _copy_container(value: Any, depth: int, memo: dict[int, Any]) -> None:
     if depth == 0 or id(value) in memo or isinstance(value, (*_PLAIN, torch.Tensor, nn.Module)):
         return
     if isinstance(value, dict):
-        memo[id(value)] = (value, dict(value))
-        children: Any = list(value.values())
+        memo[id(value)] = (value, dict(dict.items(value)))  # a subclass's own access may make things
+        children: Any = list(dict.values(value))
     elif isinstance(value, list):
         memo[id(value)] = (value, list(value))
         children = list(value)
@@ -110,7 +127,10 @@ def _copy_container(value: Any, depth: int, memo: dict[int, Any]) -> None:
         children = []
     elif isinstance(value, tuple):
         children = value
-    elif hasattr(value, "__dict__") and not callable(value):
+    elif isinstance(value, types.CellType):
+        memo[id(value)] = (value, _cell(value))
+        children = [_cell(value)]
+    elif _has_attributes(value):
         memo[id(value)] = (vars(value), dict(vars(value)))
         children = list(vars(value).values())
     else:
@@ -121,11 +141,15 @@ def _copy_container(value: Any, depth: int, memo: dict[int, Any]) -> None:
 
 def _put_back(container: Any, contents: Any) -> None:
     """The old contents, by the base class's own methods (a subclass may forbid changes)."""
-    if isinstance(container, list):
+    if isinstance(container, types.CellType):
+        if _cell(container) is not contents:
+            container.cell_contents = contents
+    elif isinstance(container, list):
         if not _same_items(container, contents):
             list.__setitem__(container, slice(None), contents)
     elif isinstance(container, dict):
-        if list(container) != list(contents) or not _same_items(list(container.values()), list(contents.values())):
+        now = list(dict.values(container))
+        if list(dict.keys(container)) != list(contents) or not _same_items(now, list(contents.values())):
             base: Any = OrderedDict if isinstance(container, OrderedDict) else dict
             base.clear(container)
             base.update(container, contents)
@@ -140,12 +164,13 @@ def _same_items(a: list[Any], b: list[Any]) -> bool:
 
 
 class ModuleState:
-    """The attributes of every module of a model at one moment. Buffers' and parameters' values are not kept here."""
+    """The attributes of every module of a model at one moment, and the containers that its methods and hooks find by
+    name or in closures. Buffers' and parameters' values are not kept here."""
 
     DEPTH = 4
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules())
+        self.modules = {p: m for p, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
         self.contents: dict[int, Any] = {}
         self.digests: dict[str, dict[str, Any]] = {}
         self.attributes: dict[str, dict[str, Any]] = {}
@@ -157,6 +182,12 @@ class ModuleState:
             for value in own.values():
                 _copy_container(value, self.DEPTH, self.contents)
             self.digests[path] = self._picture(module)
+        self.outside, self.cached = outside(self.modules)
+        for _, _, value in self.outside:
+            _copy_container(value, self.DEPTH, self.contents)
+        self.classes = {c: _data_of(c) for c in _classes(self.modules)}
+        self.outside_digests = [_digest(value, self.DEPTH, frozenset()) for _, _, value in self.outside]
+        self.cached_sizes = [function.cache_info().currsize for function in self.cached]
 
     def _picture(self, module: nn.Module) -> dict[str, Any]:
         return {k: _digest(v, self.DEPTH, frozenset()) for k, v in vars(module).items() if k not in _HOOKS}
@@ -171,6 +202,19 @@ class ModuleState:
             if set(module._modules) != set(self.registries[path][2]):
                 found.append((path, "_modules"))
         return found
+
+    def outside_changes(self) -> list[tuple[str, str, Any]]:
+        """(module path, name, value) of what is no longer what it was beside the modules."""
+        classes = [
+            (path, f"the class attribute {name!r}", now.get(name))
+            for (cls, path), then in zip(_classes(self.modules).items(), self.classes.values(), strict=True)
+            for now in (_data_of(cls),)
+            for name in {**then, **now} if now.get(name, _MISSING) is not then.get(name, _MISSING)
+        ]  # fmt: skip
+        return classes + [
+            found for found, then in zip(self.outside, self.outside_digests, strict=True)
+            if _digest(found[2], self.DEPTH, frozenset()) != then
+        ]  # fmt: skip
 
     def value(self, path: str, attribute: str) -> Any:
         """The attribute as it was."""
@@ -203,6 +247,66 @@ class ModuleState:
                     registry.update(old)
         for container, contents in self.contents.values():
             _put_back(container, contents)
+        for cls, data in self.classes.items():
+            now = _data_of(cls)
+            for name in [n for n in {**data, **now} if now.get(n, _MISSING) is not data.get(n, _MISSING)]:
+                setattr(cls, name, data[name]) if name in data else delattr(cls, name)
+        for function, size in zip(self.cached, self.cached_sizes, strict=True):
+            if function.cache_info().currsize != size:
+                function.cache_clear()  # what it made while traced is good for nothing else
+
+
+def _classes(modules: dict[str, nn.Module]) -> dict[type, str]:
+    """The modules' own classes, with the path of the first of each."""
+    found: dict[type, str] = {}
+    for path, module in modules.items():
+        for cls in type(module).__mro__:
+            if not cls.__module__.startswith(("torch.", "builtins")):
+                found.setdefault(cls, path)
+    return found
+
+
+def _data_of(cls: type) -> dict[str, Any]:
+    """Plain values and tensors among a class's attributes, which code may assign anew."""
+    kinds = (bool, int, float, str, type(None), torch.Tensor)
+    return {n: v for n, v in vars(cls).items() if not n.startswith("__") and isinstance(v, kinds)}
+
+
+def outside(modules: dict[str, nn.Module]) -> tuple[list[tuple[str, str, Any]], list[Any]]:
+    """Mutable values that the modules' methods and hooks reach beside the modules: (module path, name, value), and the
+    functions with an ``lru_cache``."""
+    classes = _classes(modules)
+    functions: list[tuple[str, Any]] = []
+    for path, module in modules.items():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        functions.extend((path, hook) for hook in hooks)
+    functions += [(path, f) for cls, path in classes.items() for f in vars(cls).values() if callable(f)]
+    found: dict[int, tuple[str, str, Any]] = {}
+    cached: dict[int, Any] = {}
+    for path, function in functions:
+        if isinstance(function, types.MethodType) and not isinstance(function.__self__, nn.Module):
+            found.setdefault(id(function.__self__), (path, f"the object of {function.__qualname__}", function.__self__))
+        if isinstance(function, types.FunctionType):
+            name = f"what {function.__qualname__} itself holds"
+            found.setdefault(id(vars(function)), (path, name, vars(function)))
+            for value in function.__defaults__ or ():
+                if isinstance(value, list | dict | set):
+                    found.setdefault(id(value), (path, f"a default argument of {function.__qualname__}", value))
+        for name, cell in closure_of(function):
+            found.setdefault(id(cell), (path, f"the variable {name!r} of {function.__qualname__}", cell))
+    for space, name in named_by([f for _, f in functions]):
+        value = space[name]
+        if hasattr(value, "cache_clear") and hasattr(value, "cache_info"):
+            cached[id(value)] = value
+        elif isinstance(value, list | dict | set) or type(value).__name__ == "deque":
+            found.setdefault(id(value), ("", f"the global {name!r}", value))
+    return list(found.values()), list(cached.values())
+
+
+def closure_of(function: Any) -> list[tuple[str, types.CellType]]:
+    """The variables a function's closure holds."""
+    code = getattr(function, "__code__", None)
+    return list(zip(code.co_freevars, function.__closure__ or (), strict=True)) if code is not None else []
 
 
 _MISSING = object()

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from partita.capture.contents import Contents, contents_of
+
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout,
           torch.memory_format, torch.Size, torch.Generator, torch.nn.Module, type, types.ModuleType,
           types.FunctionType, types.MethodType, types.BuiltinFunctionType)  # fmt: skip
@@ -41,6 +43,10 @@ class Structure:
     paths: tuple[str, ...]
     root: int = 0
 
+    def contents(self) -> tuple[Contents, ...]:
+        """What the objects that stay as they are (configurations, arrays, functions) hold now."""
+        return tuple(contents_of((n.value for n in self.nodes if n.kind == "atom"), set()))
+
 
 def _slots(value: Any) -> list[str]:
     found: list[str] = []
@@ -50,8 +56,11 @@ def _slots(value: Any) -> list[str]:
     return [s for s in found if s not in ("__dict__", "__weakref__") and hasattr(value, s)]
 
 
-def take_apart(value: Any) -> tuple[list[torch.Tensor], Structure]:
-    """The tensors in a value, each once, in order of first appearance, and what is around them."""
+def take_apart(value: Any, containers: dict[int, Any] | None = None) -> tuple[list[torch.Tensor], Structure]:
+    """The tensors in a value, each once, in order of first appearance, and what is around them.
+
+    ``containers``: gets the lists, dicts and objects that would be rebuilt, by node number.
+    """
     nodes: list[Node | None] = []
     tensors: list[torch.Tensor] = []
     paths: list[str] = []
@@ -99,6 +108,8 @@ def take_apart(value: Any) -> tuple[list[torch.Tensor], Structure]:
             for key in [k for k, v in seen.items() if v > number]:
                 del seen[key]
         else:
+            if containers is not None:
+                containers[number] = item
             factory = getattr(item, "default_factory", None) if kind == "dict" else None
             nodes[number] = Node(kind, (type(item), factory), keys, children, tuple(fields), attributes)
         return number
@@ -107,9 +118,9 @@ def take_apart(value: Any) -> tuple[list[torch.Tensor], Structure]:
     return tensors, Structure(tuple(n for n in nodes if n is not None), tuple(paths), root)
 
 
-def put_together(structure: Structure, tensors: list[Any]) -> Any:
-    """The value again, with these tensors in their places."""
-    made: dict[int, Any] = {}
+def put_together(structure: Structure, tensors: list[Any], containers: dict[int, Any] | None = None) -> Any:
+    """The value again, with these tensors in their places. ``containers``: as above."""
+    made: dict[int, Any] = {} if containers is None else containers
 
     def build(number: int) -> Any:
         if number in made:
@@ -152,6 +163,44 @@ def _set_item(cls: type, new: Any, key: Any, value: Any) -> None:
 
     base: Any = collections.OrderedDict if issubclass(cls, collections.OrderedDict) else dict
     base.__setitem__(new, key, value)
+
+
+Held = tuple[list[Any] | dict[Any, Any] | None, dict[str, Any] | None]
+
+
+def held_by(container: Any) -> Held:
+    """What a list, dict or object holds itself: its items, its attributes."""
+    items = list(container) if isinstance(container, list) else None
+    if isinstance(container, dict):
+        return dict(dict.items(container)), dict(vars(container)) if hasattr(container, "__dict__") else None
+    return items, dict(vars(container)) if items is None and hasattr(container, "__dict__") else None
+
+
+def still_holds(container: Any, then: Held) -> bool:
+    """Whether the very same things are still in it."""
+    now = held_by(container)
+    return all(_identical(a, b) for a, b in zip(now, then, strict=True))
+
+
+def _identical(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(v is b[k] for k, v in a.items())
+    return a is b or (len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)))
+
+
+def fill(container: Any, held: Held) -> None:
+    """Put these items and attributes in the place of what is in it."""
+    items, attributes = held
+    if isinstance(items, list):
+        list.__setitem__(container, slice(None), items)
+    elif items is not None:
+        for key in [k for k in container if k not in items]:
+            dict.pop(container, key)
+        for key, item in items.items():
+            _set_item(type(container), container, key, item)
+    if attributes is not None:
+        vars(container).clear()
+        vars(container).update(attributes)
 
 
 def same(a: Structure, b: Structure, equal: Callable[[Any, Any], bool] | None = None) -> bool:

@@ -58,6 +58,9 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
         self.calls_of: Counter[str] = Counter()
         self.ops_of: Counter[str] = Counter()
         self.broken: Break | None = None
+        self.out: Any = None
+        self.given: dict[int, Any] = {}  # lists, dicts and objects among the arguments
+        self.filled: dict[int, Any] = {}  # arguments (by node of their structure) that forward changed: what they hold
         self.inside = 0
         self.drawn: Any = None
         self.failed_in = ""
@@ -86,8 +89,8 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
         self.entered.append((real, fake))
         self.alive.append(real)
         self.know(name, fake, role, path)
-        taint = {"input": "input", "parameter": "parameters", "buffer": f"buffer {name}"}.get(role)
-        self.taints[name] = frozenset([taint]) if taint else frozenset()
+        taint = {"input": "input", "parameter": "parameters", "buffer": f"buffer {name}"}.get(role, f"constant {name}")
+        self.taints[name] = frozenset([taint])
         return fake
 
     def name_of(self, tensor: torch.Tensor) -> str:
@@ -109,8 +112,12 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(value, torch.Tensor):
             if isinstance(value, tc.FakeTensor):
                 return value
-            if id(value) in self.stand_ins:
-                return self.stand_ins[id(value)]
+            known = self.stand_ins.get(id(value))
+            foreign = known is None or self.trace.values[self.names[id(known)]].role == "constant"
+            if foreign and value.requires_grad and torch.is_grad_enabled():
+                raise self.stop("a tensor that requires a gradient and is no parameter of the model is used", "")
+            if known is not None:
+                return known
             if tc.wrapped(value):
                 raise self.stop("a functorch transform (vmap, grad, jvp) runs")
             if type(value) not in (torch.Tensor, nn.Parameter) or value.layout != torch.strided:
@@ -255,7 +262,7 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
                 self.trace.values[name] = replace(value, needs_grad=True)
 
     def taint(self, name: str) -> frozenset[str]:
-        """What a value follows from: 'input', 'parameters', 'buffer …', 'randomness', 'opaque code'."""
+        """What a value follows from: 'input', 'parameters', 'buffer …', 'constant …', 'randomness', 'opaque code'."""
         value = self.trace.values[name]
         return self.taints.get(name, frozenset()) | self.base_taints.get(value.base, frozenset())
 
@@ -282,6 +289,7 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
         fake = self.enter(name, real, "constant", "")
         self.trace.constants[name] = real
         self.trace.fresh.add(name)
+        self.taints[name] = frozenset()
         return fake
 
     # ---- running --------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ is captured anew, and kept beside the others.
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
+import types
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from partita import torch_compat as tc
 from partita.capture import Captured, capture
+from partita.capture.contents import PLAIN, Contents, contents_of, globals_of, of_class
+from partita.errors import CaptureError, UsageError
 from partita.runtime.local import Local
 
-_PLAIN = (bool, int, float, str, complex, type(None), torch.Tensor, torch.dtype, torch.device)
 _OWN = frozenset(vars(nn.Module()))  # the base class's registries
+CODE = 0  # the owner of what the modules' methods find by name
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _capturing = threading.RLock()  # tracing replaces functions of torch and moves the random generators for a while
 
@@ -34,21 +38,34 @@ class Bound:
     captured: Captured
     given: dict[str, torch.Tensor]
     parameters: dict[str, torch.Tensor]
+    arguments: Any = None
+
+    def made(self) -> tuple[str, ...]:
+        """The outputs that ops make, each once."""
+        graph = self.captured.graph
+        made = {o for op in graph.ops for o in op.outputs}
+        return tuple(dict.fromkeys(name for name in graph.outputs if name in made))
+
+    def answer(self, values: dict[str, torch.Tensor]) -> Any:
+        """The call's answer around what was ``made``; what forward does to the model's attributes is done."""
+        self.captured.after_call()
+        every = {**self.captured.constants, **self.parameters, **self.given, **values}
+        return self.captured.unflatten([every[name] for name in self.captured.graph.outputs], self.arguments)
 
 
 @dataclass(frozen=True)
 class Census:
     """What a graph depends on in the model. ``modules`` are kept alive, so that no other takes their identity.
 
-    ``tensors``: modes, hooks, and of parameters and buffers all but the values. ``kept``: of each module the number of
-    its attributes and those that are numbers, texts or tensors. ``others``: the plain containers and configuration
-    objects it holds, as they were.
+    ``tensors``: classes, modes, hooks, and of parameters and buffers all but the values. ``kept``: of each module the
+    number of its attributes, those that are numbers or texts, and the others, which must be the very same objects.
+    ``contents``: the containers, arrays and configuration objects reached from it, as they were.
     """
 
     modules: tuple[nn.Module, ...]
     tensors: tuple[object, ...]
-    kept: tuple[tuple[int, dict[str, Any]], ...]
-    others: tuple[tuple[int, Any, Any], ...]
+    kept: tuple[tuple[int, dict[str, Any], tuple[tuple[str, Any], ...]], ...]
+    contents: tuple[tuple[int, Contents], ...]
 
     def holds(self, model: nn.Module, ignored: frozenset[object]) -> bool:
         """Whether nothing differs now, but for the attributes that are ``ignored``: (module's identity, name), or the
@@ -58,42 +75,47 @@ class Census:
             return False
         if _tensors(modules) != self.tensors:
             return False
-        for module, (count, kept) in zip(modules, self.kept, strict=True):
+        for module, (count, kept, bound) in zip(modules, self.kept, strict=True):
             own = vars(module)
-            if (len(own) != count or not _within(kept, own)) and not _excused(module, kept, own, ignored):
+            as_before = len(own) == count and _within(kept, own) and all(own.get(n) is v for n, v in bound)
+            if not as_before and not _excused(module, kept, bound, own, ignored):
                 return False
-        return all(owner in ignored or _as_it_was(value, then) for owner, value, then in self.others)
+        return all(owner in ignored or contents.hold() for owner, contents in self.contents)
+
+    def difference(self, model: nn.Module) -> str:
+        """What differs now, for a person."""
+        names = {id(module): name for name, module in model.named_modules()}
+        for module, (_, kept, bound) in zip(self.modules, self.kept, strict=True):
+            own = vars(module)
+            changed = [n for n, v in kept.items() if not _within({n: v}, own)] + [
+                n for n, v in bound if own.get(n) is not v
+            ]
+            if changed:
+                return f"the attribute {names.get(id(module), '')}.{changed[0]}".replace(" .", " ")
+        for owner, contents in self.contents:
+            if not contents.hold():
+                where = f"reached from {names.get(owner) or 'the model'}" if owner else "found by name"
+                return f"{contents}, {where}"
+        return "its modules, modes, hooks or tensors"
 
 
 def _within(kept: dict[str, Any], own: dict[str, Any]) -> bool:
     try:
         return kept.items() <= own.items()
-    except RuntimeError:  # a tensor replaced by another
+    except Exception:  # another kind of value, which does not compare
         return False
 
 
-def _excused(module: nn.Module, kept: dict[str, Any], own: dict[str, Any], ignored: frozenset[object]) -> bool:
+def _excused(
+    module: nn.Module, kept: dict[str, Any], bound: tuple[tuple[str, Any], ...], own: dict[str, Any],
+    ignored: frozenset[object],
+) -> bool:  # fmt: skip
     if id(module) in ignored:
         return True
-    now = {name: value for name, value in own.items() if isinstance(value, _PLAIN)}
-    changed = [n for n in {**kept, **now} if n not in now or n not in kept or not _within({n: kept[n]}, now)]
+    changed = [n for n, v in kept.items() if not _within({n: v}, own)]
+    changed += [n for n, v in bound if own.get(n) is not v]
+    changed += own.keys() - kept.keys() - {n for n, _ in bound} - _OWN
     return bool(changed) and all((id(module), name) in ignored for name in changed)
-
-
-def _copied(value: Any) -> Any:
-    """The contents of a plain container or configuration object; None for what is not looked into."""
-    if isinstance(value, list | dict | set):
-        return copy.copy(value)
-    if hasattr(value, "__dict__") and not isinstance(value, nn.Module | torch.Tensor | type) and not callable(value):
-        return {name: item for name, item in vars(value).items() if isinstance(item, _PLAIN)}
-    return None
-
-
-def _as_it_was(value: Any, then: Any) -> bool:
-    try:
-        return bool(value == then) if type(value) is type(then) else _within(then, vars(value))
-    except Exception:
-        return False
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -115,8 +137,8 @@ def _tensors(modules: list[nn.Module]) -> tuple[object, ...]:
     number: dict[int, int] = {}
     for module in modules:
         own = vars(module)
-        facts.append(own["training"])
-        for registry in (own["_parameters"], own["_buffers"]):
+        facts.append((type(module), getattr(type(module), "forward", None), module.training))
+        for registry in (module._parameters, module._buffers):
             for tensor in registry.values():
                 if tensor is None:
                     facts.append(None)
@@ -124,7 +146,7 @@ def _tensors(modules: list[nn.Module]) -> tuple[object, ...]:
                 first = number.setdefault(id(tensor), len(number))
                 facts.append((first, tensor.shape, tensor.dtype, tensor.requires_grad, tensor.device))
         for name in _HOOKS:
-            if own[name]:
+            if own.get(name):
                 facts.append((name, *own[name]))
     return tuple(facts)
 
@@ -132,27 +154,36 @@ def _tensors(modules: list[nn.Module]) -> tuple[object, ...]:
 def census(model: nn.Module) -> Census:
     """The model as it is now."""
     modules = modules_of(model)
-    kept, others, seen = [], [], set()
+    kept, seen, classes = [], set[int](), dict[type, None]()
+    contents: list[tuple[int, Contents]] = []
     for module in modules:
-        own = vars(module)
-        kept.append((len(own), {name: value for name, value in own.items() if isinstance(value, _PLAIN)}))
-        for name, value in own.items():
-            then = None if name in _OWN or id(value) in seen else _copied(value)
-            if then is not None:
-                seen.add(id(value))
-                others.append((id(module), value, then))
-    return Census(tuple(modules), _tensors(modules), tuple(kept), tuple(others))
+        own = {n: v for n, v in vars(module).items() if n not in _OWN}
+        plain = {n: v for n, v in own.items() if isinstance(v, PLAIN)}
+        bound = tuple((n, v) for n, v in own.items() if n not in plain)
+        kept.append((len(vars(module)), plain, bound))
+        contents.extend((id(module), c) for c in contents_of((v for _, v in bound), seen))
+        classes.update(dict.fromkeys(c for c in type(module).__mro__ if not c.__module__.startswith("torch.")))
+    functions = [f for cls in classes for f in vars(cls).values() if isinstance(f, types.FunctionType)]
+    contents.extend((CODE, c) for c in (*map(of_class, classes), *globals_of(functions, seen)))
+    return Census(tuple(modules), _tensors(modules), tuple(kept), tuple(contents))
 
 
 def situation() -> tuple[object, ...]:
     """What a graph depends on besides model and inputs."""
     casts = tuple((k, torch.get_autocast_dtype(k)) for k in ("cpu", "cuda") if torch.is_autocast_enabled(k))
-    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), casts)
+    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype())
+    return (*modes, casts, tc.global_hooks())
 
 
 def picture(leaves: list[torch.Tensor]) -> tuple[object, ...]:
     """What a graph depends on in the inputs, besides the structure around them."""
-    return tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in leaves])
+    return tuple([_looks(t) for t in leaves])
+
+
+def _looks(tensor: torch.Tensor) -> tuple[object, ...]:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return (tensor.layout, tensor.dtype, tensor.device)  # never in a graph
+    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
 
 
 Place = tuple[str, dict[str, Any], str]  # name in the graph, registry of the owning module, key there
@@ -170,16 +201,23 @@ class Entry:
     ignored: frozenset[object] = frozenset()
     parameters: list[Place] = field(default_factory=list)
     buffers: list[Place] = field(default_factory=list)
+    read: list[tuple[dict[str, Any], str, torch.Tensor]] = field(default_factory=list)  # buffers whose values it read
 
-    def bound(self, leaves: list[torch.Tensor]) -> Bound:
+    def fits(self, leaves: list[torch.Tensor]) -> bool:
+        """Whether every value that the model read is the one the graph was made for."""
+        return all(now.get(key) is then for now, key, then in self.read) and self.captured.guards_hold(leaves)
+
+    def bound(self, leaves: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         if self.engine is None:
             return Bound(None, self.captured, {}, {})
         given = dict(zip(self.captured.inputs, leaves, strict=True))
         given.update({name: registry[key] for name, registry, key in self.buffers})
-        return Bound(self.engine, self.captured, given, {n: registry[key] for n, registry, key in self.parameters})
+        parameters = {n: registry[key] for n, registry, key in self.parameters}
+        return Bound(self.engine, self.captured, given, parameters, (args, kwargs))
 
 
 GUARDED = 3  # graphs made for values read from the inputs, before the reading part is left out of the graph instead
+AGAIN = 20  # captures for changed Python values before a word about it
 KEPT = 64  # graphs held, the newest first: shapes that come back are found again
 
 
@@ -194,9 +232,15 @@ class Binder:
         self.model, self.engine, self.around = model, engine, around
         self.entries: list[Entry] = []
         self._lock = threading.Lock()
+        self._again = 0
 
     def bind(self, what: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """The graph for a call like this (captured now where there is none yet), and the call's tensors."""
+        if tc.transforming():
+            raise UsageError(
+                "a divided model cannot run inside vmap or another transform of torch.func, which would not reach its "
+                "devices; apply the transform to the undivided model (.module)"
+            )
         key = (what, *situation())
         missed = 0
         for entry in self.entries:
@@ -205,13 +249,19 @@ class Binder:
             leaves = entry.captured.flatten(args, kwargs)
             if leaves is None or picture(leaves) != entry.picture:
                 continue
-            if entry.captured.guards_hold(leaves):
-                return entry.bound(leaves)
+            if entry.fits(leaves):
+                return entry.bound(leaves, args, kwargs)
             missed += 1
         with _capturing:
             now = census(self.model)
+            self._tell(key)
             with self.around():
-                captured = capture(self.model, args, kwargs, forward=forward, guards=missed < GUARDED)
+                try:
+                    captured = capture(self.model, args, kwargs, forward=forward, guards=missed < GUARDED)
+                except CaptureError as error:
+                    if error.__cause__ is None:
+                        raise
+                    raise error.__cause__ from None  # the model's own, which the undivided model would raise
         leaves = captured.flatten(args, kwargs)
         assert leaves is not None, "the call just captured"
         entry = self._entry(key, now, captured, leaves)
@@ -219,13 +269,27 @@ class Binder:
             same = {id(m) for m in now.modules}
             kept = [e for e in self.entries if same == {id(m) for m in e.census.modules}]
             self.entries = [entry, *kept[: KEPT - 1]]
-        return entry.bound(leaves)
+        return entry.bound(leaves, args, kwargs)
+
+    def _tell(self, key: tuple[object, ...]) -> None:
+        """A word where calls are captured again and again for no other reason than Python values that change."""
+        last = next((entry for entry in self.entries if entry.key == key), None)
+        if last is not None and not last.census.holds(self.model, last.ignored):
+            self._again += 1
+            if self._again == AGAIN:
+                warnings.warn(
+                    f"the model has been captured anew {AGAIN} times because what it depends on changes between calls "
+                    f"(this time {last.census.difference(self.model)}): keep such values out of its reach, in a buffer "
+                    "or among the inputs say, to save the seconds",
+                    stacklevel=4,
+                )
 
     def _entry(self, key: tuple[object, ...], now: Census, captured: Captured, leaves: list[torch.Tensor]) -> Entry:
         made = picture(leaves)
         if captured.live:
-            return Entry(key, now, made, captured, None, frozenset(id(m) for m in now.modules))
+            return Entry(key, now, made, captured, None, frozenset((CODE, *(id(m) for m in now.modules))))
         ignored: set[object] = {(id(e.module), e.attribute) for e in captured.effects}
+        ignored.update((id(module), attribute) for module, attribute in captured.left)
         for opaque in captured.opaques.values():
             module = getattr(opaque, "module", None)
             if isinstance(module, nn.Module):
@@ -236,5 +300,10 @@ class Binder:
             owner, _, name = tensor.path.rpartition(".")
             registry = getattr(find[owner], "_parameters" if tensor.role == "parameter" else "_buffers")
             places[tensor.role].append((tensor.name, registry, name))
+        read = []
+        for path, was in ((p, t) for guard in captured.guards for p, t in guard.tensors.items()):
+            owner, _, name = path.rpartition(".")
+            if owner in find and name in find[owner]._buffers:
+                read.append((find[owner]._buffers, name, was))
         return Entry(key, now, made, captured, self.engine(captured), frozenset(ignored),
-                     places["parameter"], places["buffer"])  # fmt: skip
+                     places["parameter"], places["buffer"], read)  # fmt: skip

@@ -31,6 +31,7 @@ from partita.runtime.pieces import Piece, local_pieces
 from partita.runtime.team import Team
 from partita.runtime.worker import StepState
 from partita.sharding.batch import layouts
+from partita.torch_compat import not_compiled
 from partita.trace import Trace
 from partita.united import with_united
 
@@ -69,8 +70,7 @@ class _Call:
         self.engine, self.lowered, self.given, self.parameters = bound.engine, lowered, bound.given, bound.parameters
         self.grad, self.record, self.device, self.done = grad, record, device, done
         self.graph = bound.captured.graph
-        made = {o for op in self.graph.ops for o in op.outputs}
-        self.made = tuple(dict.fromkeys(name for name in self.graph.outputs if name in made))
+        self.made = bound.made()
         inputs = {n: t for n, t in self.given.items() if t.requires_grad}
         self.differentiable = [*inputs, *(n for n, t in self.parameters.items() if t.requires_grad)] if grad else []
         self.state: StepState | None = None
@@ -154,6 +154,7 @@ class ParallelModule(nn.Module):
 
     # -- calling ---------------------------------------------------------------------------------------------------
 
+    @not_compiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._bind("call", self.module, args, kwargs)
         if bound.engine is None:
@@ -168,15 +169,11 @@ class ParallelModule(nn.Module):
         )
         with self._lock:
             outputs = _Pipeline.apply(call, *call.tensors()) if grad else call.forward()  # type: ignore[no-untyped-call]
-        values = dict(zip(call.made, outputs, strict=True))
-        for name in graph.outputs:
-            if name not in values:
-                values[name] = bound.given[name] if name in bound.given else bound.parameters[name]
         if self.record:
             self.trace = call.trace
-        bound.captured.after_call()
-        return bound.captured.unflatten([values[name] for name in graph.outputs])
+        return bound.answer(dict(zip(call.made, outputs, strict=True)))
 
+    @not_compiled
     def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward, loss and backward of one batch, microbatch by microbatch as the schedule says.
 
@@ -213,7 +210,8 @@ class ParallelModule(nn.Module):
                 if last and watch is not None:
                     spent = time.process_time() - spent
                     watch.tell(engine.trace(state), partial(self._predict, graph), spent)
-        bound.captured.after_call()
+            made = {n: engine.gather(state, n, self.output_device).detach() for n in bound.made() if n != name}
+        bound.answer({name: loss, **made})
         return loss
 
     def replan(self, *, apply: bool = False) -> Plan:
@@ -293,6 +291,24 @@ class ParallelModule(nn.Module):
         return self._binder.bind(what, forward, args, kwargs)
 
     # -- as a module -----------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inner = self.__dict__.get("_modules", {}).get("module")
+            if inner is not None and name in inner._modules:
+                return inner._modules[name]
+            if inner is None or not hasattr(inner, name):
+                raise
+        raise AttributeError(
+            f"{type(self).__name__} has no attribute '{name}'; the model that it divides has one: .module.{name}"
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module | nn.Parameter) and name != "module":
+            raise UsageError(f"set the model's parts on the model itself, .module.{name}: here nothing would use it")
+        super().__setattr__(name, value)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Whole, under the user's model's own names."""

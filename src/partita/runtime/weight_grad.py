@@ -46,7 +46,8 @@ class WeightQueue:
         x: torch.Tensor,
         grad: torch.Tensor,
     ) -> None:
-        """``what``: the kind of product and its weights; pairs of the same ``what`` (replicas': kind and weight) join."""
+        """``what``: the kind of product and its weights. Pairs of the same ``what`` are joined, replicas' where
+        kind and weight are the same."""
         name = getattr(leaf, _MARK)
         if self.share is not None and self.share.takes(name):
             self.share.add(name, str(what[0]), make, x, grad)
