@@ -563,3 +563,23 @@ def test_a_value_that_changes_in_every_call_is_right_and_stops_being_captured() 
         assert torch.equal(divided(x, n), model(x, n)), count
     assert len(divided._binder.entries) <= 5
     divided.close()
+
+
+def test_under_torch_compile_a_divided_model_runs_as_it_is() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(6, 8)
+    pm = partita.split(net, (x,), at=["2"], devices=["cpu", "cpu"])
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return (pm(2.0 * x) + 1.0).square().mean()
+
+    try:
+        loss = torch.compile(step, backend="eager")(x)
+        loss.backward()
+        found = {name: p.grad for name, p in pm.named_parameters()}
+        assert torch.allclose(torch.compile(pm, backend="eager")(x), net(x))
+    finally:
+        pm.close()
+    wanted = torch.autograd.grad((net(2.0 * x) + 1.0).square().mean(), list(net.parameters()))
+    for (name, _), grad in zip(net.named_parameters(), wanted, strict=True):
+        assert torch.allclose(found[name], grad), name

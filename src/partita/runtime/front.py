@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from partita.runtime.module import ParallelModule
+from partita.torch_compat import not_compiled
 
 Divide = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], ParallelModule]
 
@@ -62,6 +63,7 @@ class LazyParallel(nn.Module):
         """The divided module; None before the first call."""
         return self._made[0] if self._made else None
 
+    @not_compiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._made:
             self._made.append(self._divide(self.module, args, kwargs))
