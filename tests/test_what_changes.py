@@ -6,6 +6,7 @@ calls something changes that the graph depends on; or forward itself changes som
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -472,6 +473,28 @@ def test_scripted_modules(make: Callable[[], nn.Module]) -> None:
         return [y, *(p.grad for p in model.parameters())]
 
     both(make, script)
+
+
+class Ensemble(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.members = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 2) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values, buffers = torch.func.stack_module_state(list(self.members))
+        one = copy.deepcopy(self.members[0]).to("meta")
+        run = lambda v, b, x: torch.func.functional_call(one, (v, b), (x,))  # noqa: E731
+        result: torch.Tensor = torch.func.vmap(run, (0, 0, None))(values, buffers, torch.tanh(self.first(x)))
+        return result
+
+
+def test_a_module_copied_in_a_forward_that_runs_live_is_a_module_of_its_own() -> None:
+    def script(model: Any, call: Callable[..., Any]) -> list[Any]:
+        y = call(x())
+        y.sum().backward()
+        return [y, model.first.weight.grad]
+
+    both(Ensemble, script)
 
 
 class TakesSparse(Base):

@@ -24,6 +24,8 @@ OBJECTS = 2  # objects in objects
 ARRAY_BYTES = 2**20  # larger arrays are taken to stay as they are
 ITEMS = 10_000  # longer containers too, but for their length
 PLAIN = (bool, int, float, str, complex, bytes, type(None), torch.dtype, torch.device)
+_BY_IDENTITY = (*PLAIN, types.FunctionType, types.BuiltinFunctionType, type)  # or equal values, for what has such
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
 _CLOSED = (torch.Tensor, torch.nn.Module, type, types.ModuleType, types.BuiltinFunctionType)
 # Objects of these change as a program goes on, whatever the model computes.
 _DRIVERS = (
@@ -97,11 +99,11 @@ def globals_of(functions: Iterable[Any], seen: set[int]) -> Iterator[Contents]:
         spaces.setdefault(id(space), (space, {}))[1][name] = None
     for space, names in spaces.values():
         found = {n: space[n] for n in names}
-        plain = {n: v for n, v in found.items() if isinstance(v, PLAIN)}
+        plain = {n: v for n, v in found.items() if isinstance(v, _BY_IDENTITY)}  # one comparison for all
         bound = tuple((n, v) for n, v in found.items() if n not in plain and not isinstance(v, types.ModuleType))
         if plain or bound:
             yield Contents(space, plain, bound, live=space)
-        yield from contents_of((v for _, v in bound), seen)
+        yield from contents_of(found.values(), seen)
     yield from contents_of(functions, seen)
 
 
@@ -186,8 +188,8 @@ def _mutable(value: Any) -> bool:
         return _users(value.__module__) and not issubclass(value, torch.autograd.Function)
     if isinstance(value, (*_CLOSED, *PLAIN)):
         return False
-    if isinstance(value, types.FunctionType | types.MethodType):
-        return bool(_view(value))
+    if isinstance(value, types.FunctionType | types.MethodType):  # a decorator's closure holds functions: no state
+        return not all(isinstance(v, _CODE) for v in _view(value).values())
     return is_object(value)
 
 

@@ -7,6 +7,7 @@ time, as their calls come. One microbatch, PyTorch's own autograd graph, the num
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,12 +57,27 @@ def dispatched(module: nn.Module, placed: dict[str, str], team: Team) -> Iterato
             child = known[name]
             if "forward" in vars(child):
                 continue
-            object.__setattr__(child, "forward", _sender(child.forward, name, device, team, active))
+            sender = _sender(child.forward, name, device, team, active)
+            object.__setattr__(child, "forward", _Sent(child, child.forward, sender))
             patched.append(child)
         yield
     finally:
         for child in patched:
             vars(child).pop("forward", None)
+
+
+class _Sent:
+    """Stands in for a module's ``forward``; in a copy of the module made meanwhile, the copy's own stands again."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any], sender: Callable[..., Any]) -> None:
+        self.module, self.__wrapped__, self.sender = module, forward, sender
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.sender(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self.module))
+        return self if copied is None else types.MethodType(type(self.module).forward, copied)
 
 
 def _sender(forward: Callable[..., Any], name: str, device: str, team: Team, active: list[str]) -> Callable[..., Any]:
