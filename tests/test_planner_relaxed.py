@@ -125,7 +125,7 @@ def test_the_closed_form_counts_what_waits_for_its_weight_gradients(schedule: st
     assert found is not None
     simulated = dict(found.memory)
     for s, closed in enumerate(candidate_bytes(built.problem, candidate)):
-        assert 0.94 * simulated[f"cuda:{s}"] <= closed <= 1.6 * simulated[f"cuda:{s}"]
+        assert 0.9 * simulated[f"cuda:{s}"] <= closed <= 1.6 * simulated[f"cuda:{s}"]
 
 
 def test_blocks_of_a_graph_still_cover_every_op_once() -> None:

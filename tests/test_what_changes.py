@@ -521,9 +521,17 @@ def test_lazy_modules_are_refused_with_advice() -> None:
         partita.parallelize(nn.Sequential(nn.LazyLinear(4)), (x(),), devices=["cpu", "cpu"])
 
 
-def test_wrong_inputs_raise_what_the_model_raises() -> None:
-    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+def test_wrong_inputs_say_what_the_model_says() -> None:
+    with pytest.raises(CaptureError, match="cannot be multiplied"):
         pair()(torch.randn(4, 5))
+
+
+def test_a_loss_may_be_a_module() -> None:
+    parallel = partita.parallelize(Base(), (x(),), devices=["cpu", "cpu"], profile=False, loss_fn=nn.MSELoss())
+    parallel.loss_fn = nn.L1Loss()
+    given = x()
+    target = torch.zeros_like(parallel.module(given))
+    torch.testing.assert_close(parallel.train_step(given, target), nn.L1Loss()(parallel.module(given), target).detach())
 
 
 def test_parts_are_found_and_cannot_be_set_where_nothing_would_use_them() -> None:

@@ -17,5 +17,5 @@ from benchmarks.same_numbers.run import comparisons
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", NAMES)
 def test_a_divided_real_model_has_the_unsplit_models_numbers(zoo: Any, name: str) -> None:  # noqa: F811
-    for case, captured, found in comparisons(name, zoo[name].build):
+    for case, captured, found, _ in comparisons(name, zoo[name].build):
         assert found.ok, (name, case, captured.live, str(found))

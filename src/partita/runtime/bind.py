@@ -21,7 +21,7 @@ from torch import nn
 from partita import torch_compat as tc
 from partita.capture import Captured, capture
 from partita.capture.contents import PLAIN, Contents, contents_of, globals_of, of_class
-from partita.errors import CaptureError, UsageError
+from partita.errors import UsageError
 from partita.runtime.local import Local
 
 _OWN = frozenset(vars(nn.Module()))  # the base class's registries
@@ -256,12 +256,7 @@ class Binder:
             now = census(self.model)
             self._tell(key)
             with self.around():
-                try:
-                    captured = capture(self.model, args, kwargs, forward=forward, guards=missed < GUARDED)
-                except CaptureError as error:
-                    if error.__cause__ is None:
-                        raise
-                    raise error.__cause__ from None  # the model's own, which the undivided model would raise
+                captured = capture(self.model, args, kwargs, forward=forward, guards=missed < GUARDED)
         leaves = captured.flatten(args, kwargs)
         assert leaves is not None, "the call just captured"
         entry = self._entry(key, now, captured, leaves)

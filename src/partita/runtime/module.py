@@ -306,7 +306,7 @@ class ParallelModule(nn.Module):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module | nn.Parameter) and name != "module":
+        if isinstance(value, nn.Module | nn.Parameter) and name not in ("module", "loss_fn"):
             raise UsageError(f"set the model's parts on the model itself, .module.{name}: here nothing would use it")
         super().__setattr__(name, value)
 
