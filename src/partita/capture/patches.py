@@ -98,10 +98,10 @@ def patched(tracer: Tracer) -> Iterator[None]:
         tracer.trace.unchecked |= mine()
         made(self, *args, **kwargs)
 
-    def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+    def refusing(original: Callable[..., Any], reason: str) -> Callable[..., Any]:
         def refuse(*args: Any, **kwargs: Any) -> Any:
             if mine():
-                raise tracer.stop("gradients are taken inside forward")
+                raise tracer.stop(reason)
             return original(*args, **kwargs)
 
         return refuse
@@ -114,17 +114,9 @@ def patched(tracer: Tracer) -> Iterator[None]:
 
         return call_method
 
-    def seeding(original: Callable[..., Any]) -> Callable[..., Any]:
-        def refuse(*args: Any, **kwargs: Any) -> Any:
-            if mine():
-                raise tracer.stop("the random generator is set inside forward")
-            return original(*args, **kwargs)
-
-        return refuse
-
     seeds = [(m, n, getattr(m, n)) for m in (torch, torch.random) for n in ("manual_seed", "seed", "set_rng_state")]
     for owner, name, original in seeds:
-        setattr(owner, name, seeding(original))
+        setattr(owner, name, refusing(original, "the random generator is set inside forward"))
     replaced: list[tuple[nn.Module, str]] = []
     for path, module in tracer.model.named_modules():
         for piece in tracer.pieces:
@@ -135,7 +127,9 @@ def patched(tracer: Tracer) -> Iterator[None]:
                     replaced.append((module, name))
     nn.Module.__call__ = module_call  # type: ignore[method-assign]
     torch.autograd.Function.apply = classmethod(function_apply)  # type: ignore[method-assign,assignment]
-    torch.autograd.grad, torch.autograd.backward = refusing(grad), refusing(backward)
+    torch.autograd.grad, torch.autograd.backward = (
+        refusing(original, "gradients are taken inside forward") for original in (grad, backward)
+    )
     distribution.__init__ = make_distribution  # type: ignore[method-assign]
     try:
         with tc.unchecked_distributions():

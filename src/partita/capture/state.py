@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from partita.capture.contents import ITEMS, is_object, named_by
+from partita.capture.structure import identical
 from partita.torch_compat import version
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, type)
@@ -145,22 +146,17 @@ def _put_back(container: Any, contents: Any) -> None:
         if _cell(container) is not contents:
             container.cell_contents = contents
     elif isinstance(container, list):
-        if not _same_items(container, contents):
+        if not identical(container, contents):
             list.__setitem__(container, slice(None), contents)
     elif isinstance(container, dict):
-        now = list(dict.values(container))
-        if list(dict.keys(container)) != list(contents) or not _same_items(now, list(contents.values())):
+        if not identical(dict(dict.items(container)), contents):
             base: Any = OrderedDict if isinstance(container, OrderedDict) else dict
             base.clear(container)
             base.update(container, contents)
-    elif not _same_items(list(container), contents):
+    elif not identical(list(container), contents):
         container.clear()
         for item in contents:
             container.add(item) if isinstance(container, set) else container.append(item)
-
-
-def _same_items(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 class ModuleState:

@@ -179,10 +179,11 @@ def held_by(container: Any) -> Held:
 def still_holds(container: Any, then: Held) -> bool:
     """Whether the very same things are still in it."""
     now = held_by(container)
-    return all(_identical(a, b) for a, b in zip(now, then, strict=True))
+    return all(identical(a, b) for a, b in zip(now, then, strict=True))
 
 
-def _identical(a: Any, b: Any) -> bool:
+def identical(a: Any, b: Any) -> bool:
+    """Whether two lists, or dicts, hold the very same things in one order."""
     if isinstance(a, dict):
         return list(a) == list(b) and all(v is b[k] for k, v in a.items())
     return a is b or (len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)))

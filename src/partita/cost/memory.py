@@ -69,11 +69,10 @@ class Alive:
         """Bytes at the worst moment. ``held``: of a microbatch from forward to backward; ``owed``: from there to its
         weight gradients. ``again``: parts are recomputed, so that what is owed was not held before (an upper bound).
         """
-        now = self.before * held + self.behind * owed
         if not self.put_off:
-            return now
+            return self.before * held
         more = owed if again else np.maximum(owed - held, 0.0)
-        return now + more
+        return self.before * held + self.behind * owed + more
 
 
 def alive(schedule: str, *, microbatches: int, replicas: int, devices_after: int, devices: int, joined: bool) -> Alive:

@@ -126,7 +126,7 @@ def cost_table(
 def _alike(graph: Graph) -> tuple[Indices, list[int]]:
     """For each op the number of its kind, all of which cost the same; an example of each kind."""
     shapes: dict[object, int] = {}
-    shape_of = {t.name: shapes.setdefault((t.shape, t.dtype, t.role, t.needs_grad), len(shapes)) for t in graph.tensors}
+    shape_of = {t.name: shapes.setdefault(t.kind, len(shapes)) for t in graph.tensors}
     kinds: dict[object, int] = {}
     examples: list[int] = []
     of = np.zeros(len(graph.ops), dtype=np.int64)
@@ -268,7 +268,7 @@ def _joined(graph: Graph, program: Program, segment: Segment) -> Affine:
     if segment.phase != "whole" or len(program.sizes) == 1:
         return Affine()
     parts = {use.tensor for use in segment.uses if use.source >= 0 and isinstance(use.layout, (Split, Partial))}
-    return sum((tensor_bytes(graph, name) for name in sorted(parts)), Affine())
+    return total(tensor_bytes(graph, name) for name in sorted(parts))
 
 
 def segment_costs(program: Program, table: CostTable, cluster: Cluster) -> dict[tuple[int, str], SegmentCost]:

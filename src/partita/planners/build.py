@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from partita.planners.parts import repeatable, units
 from partita.planners.problem import Pool, Problem, Times
 from partita.planners.sums import (
     Indices,
+    Layouts,
     activations,
     block_seconds,
     edges,
@@ -26,21 +26,12 @@ from partita.planners.sums import (
     given_weights,
     owed,
     owners,
+    phases,
     users_of,
     weights,
 )
 
 HEADROOM = 0.95  # of a device's memory a plan may fill: predicted peaks are right to a few per cent, not to the byte
-
-
-class Layouts(Protocol):
-    """What the planner asks of ``sharding.batch.BatchLayouts``."""
-
-    @property
-    def microbatchable(self) -> bool: ...
-
-    @property
-    def phase(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,8 +66,7 @@ def build(
     parameters.
     """
     owner, n = owners(parts), len(parts)
-    phase = [layouts.phase.get(op.name, "split") for op in graph.ops]
-    whole_op, once_op = (np.array([p == which for p in phase], dtype=np.bool_) for which in ("whole", "once"))
+    whole_op, once_op = phases(graph, layouts)
     can_split = layouts.microbatchable and batch > 1
     pools = _pools(cluster, resolved, processes)
     rows_shared = all(shares_memory(pool.devices[0]) for pool in pools)
@@ -100,7 +90,7 @@ def build(
     names = {name for name, _ in resolved.recompute}
     forced = sorted({int(owner[i]) for _, ops in resolved.recompute for i in ops})
     may = tuple(
-        b for b in range(n) if names_of[b] and repeatable(graph, parts[b], phase) and not whole_op[parts[b].start]
+        b for b in range(n) if names_of[b] and repeatable(graph, parts[b], once_op) and not whole_op[parts[b].start]
     )
     starts = {block.start: b for b, block in enumerate(parts)}
     link = _worst_link(cluster)

@@ -24,7 +24,7 @@ from partita.group_costs import collective_seconds
 from partita.planners.build import Built, build, of_pools
 from partita.planners.constraints import Constraints, Resolved
 from partita.planners.problem import Array, Shares, Times
-from partita.planners.sums import block_seconds, owners, users_of, weights
+from partita.planners.sums import block_seconds, owners, phases, users_of, weights
 from partita.sharding.batch import BatchLayouts
 from partita.sharding.choose import Wishes, choose
 from partita.sharding.prices import Prices
@@ -103,8 +103,7 @@ class Divider:
         lowest = replace(
             table, forward=floors(table.forward), backward=floors(table.backward), weight=floors(table.weight)
         )
-        phase = [self.layouts.phase.get(op.name, "split") for op in self.graph.ops]
-        whole, once = (np.array([p == which for p in phase], dtype=np.bool_) for which in ("whole", "once"))
+        whole, once = phases(self.graph, self.layouts)
         found = []
         for priced in (table, lowest):
             one, many, joined = block_seconds(

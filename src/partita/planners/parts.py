@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from partita.cost.blocks import Block
 from partita.graph import Graph
 
@@ -55,12 +58,12 @@ def ranges(graph: Graph, block: Block, names: Sequence[str]) -> tuple[range, ...
     return tuple(found)
 
 
-def repeatable(graph: Graph, block: Block, phase: Sequence[str]) -> bool:
+def repeatable(graph: Graph, block: Block, once: Sequence[bool] | NDArray[np.bool_]) -> bool:
     """Whether running the block again changes nothing: it draws nothing and mutates nothing older than itself."""
     made: set[str] = set()
     for i in block.ops:
         op = graph.ops[i]
-        if phase[i] == "once":
+        if once[i]:
             continue
         if op.random or any(base not in made for base in op.writes):
             return False

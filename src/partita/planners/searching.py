@@ -183,7 +183,7 @@ def widen(task: Task, best: float, *, teams: bool = False) -> Widened:
     """The fastest plans with teams or ZeRO (``teams``: with teams) of less than ``best`` seconds."""
     every = [found for found in variants(task) if found.relaxed.teams or not teams]
     anywhere = all(v.relaxed.problem.num_blocks <= IDEALS_BLOCKS for v in every)
-    problems = [Later(v.relaxed.problem, lambda v=v: v.exact().problem) for v in every]  # type: ignore[misc]
+    problems = [v.relaxed.problem if v.price is None else Later(v.relaxed.problem, v.problem) for v in every]
     answer = joint(problems, anywhere=anywhere, slack=TEAM_SLACK, keep=2, best=best)
     if isinstance(answer.outcome, Infeasible):
         return Widened((), len(every))

@@ -160,11 +160,15 @@ class _Search:
         static = static_bytes(problem, s.weight_bytes, s.trained_bytes, replicas, problem.pools[pool].shared, mine)
         static = static + at.whole_saved + at.received + at.transient
         held, owed = at.held + at.received, at.owed + at.received
-        again = static + living.peak(held, owed, again=True) + at.largest_saved
-        short = s.allowed[pool] & (np.where(at.forced, again, static + living.peak(held, owed)) > limit)
+        need = static + living.peak(held, owed)
+        if at.forced.any():
+            again = static + living.peak(held, owed, again=True) + at.largest_saved
+            need = np.where(at.forced, again, need)
+        short = s.allowed[pool] & (need > limit)
         if not short.any():
             return base
         useful = short & (base.fill + base.steady < self.ceiling)
+        again = static + living.peak(held, owed, again=True) + at.largest_saved
         extra = self._recompute(pool, again - limit, living.before, useful)
         bought = short & np.isfinite(extra)
         if not bought.any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,25 @@ Bools = NDArray[np.bool_]
 Indices = NDArray[np.int64]
 
 
+class Layouts(Protocol):
+    """What the planner asks of ``sharding.batch.BatchLayouts``."""
+
+    @property
+    def microbatchable(self) -> bool: ...
+
+    @property
+    def phase(self) -> Mapping[str, str]: ...
+
+
 def owners(parts: Sequence[Block]) -> Indices:
     """The block of each op."""
     return np.repeat(np.arange(len(parts)), [block.stop - block.start for block in parts])
+
+
+def phases(graph: Graph, layouts: Layouts) -> tuple[Bools, Bools]:
+    """Which ops run once on the joined batch of a step, and which before it begins."""
+    found = [layouts.phase.get(op.name, "split") for op in graph.ops]
+    return np.array([p == "whole" for p in found], np.bool_), np.array([p == "once" for p in found], np.bool_)
 
 
 def block_seconds(

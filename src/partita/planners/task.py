@@ -43,6 +43,10 @@ class Variant:
             self.known = self.price() if self.price is not None else self.relaxed
         return self.known
 
+    def problem(self) -> Problem:
+        """Of ``exact``."""
+        return self.exact().problem
+
     def levelled(self, level: int) -> Variant:
         """Under this level of ZeRO."""
         relaxed = _levelled(self.relaxed, level)

@@ -87,9 +87,7 @@ class Census:
         names = {id(module): name for name, module in model.named_modules()}
         for module, (_, kept, bound) in zip(self.modules, self.kept, strict=True):
             own = vars(module)
-            changed = [n for n, v in kept.items() if not _within({n: v}, own)] + [
-                n for n, v in bound if own.get(n) is not v
-            ]
+            changed = _changed(kept, bound, own)
             if changed:
                 return f"the attribute {names.get(id(module), '')}.{changed[0]}".replace(" .", " ")
         for owner, contents in self.contents:
@@ -106,14 +104,19 @@ def _within(kept: dict[str, Any], own: dict[str, Any]) -> bool:
         return False
 
 
+def _changed(kept: dict[str, Any], bound: tuple[tuple[str, Any], ...], own: dict[str, Any]) -> list[str]:
+    """The attributes that are not what they were."""
+    plain = [n for n, v in kept.items() if not _within({n: v}, own)]
+    return plain + [n for n, v in bound if own.get(n) is not v]
+
+
 def _excused(
     module: nn.Module, kept: dict[str, Any], bound: tuple[tuple[str, Any], ...], own: dict[str, Any],
     ignored: frozenset[object],
 ) -> bool:  # fmt: skip
     if id(module) in ignored:
         return True
-    changed = [n for n, v in kept.items() if not _within({n: v}, own)]
-    changed += [n for n, v in bound if own.get(n) is not v]
+    changed = _changed(kept, bound, own)
     changed += own.keys() - kept.keys() - {n for n, _ in bound} - _OWN
     return bool(changed) and all((id(module), name) in ignored for name in changed)
 

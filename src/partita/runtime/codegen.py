@@ -11,7 +11,7 @@ Tensors are deleted at their last use. Line numbers lead back to ops, so that an
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +49,19 @@ class SegmentCode:
         if number is None:
             return None
         return next((op for line, op in reversed(self.lines) if line <= number), None)
+
+
+def _last_uses(ops: Sequence[Op], start: int, end: int) -> dict[str, int]:
+    """Tensor -> the last of the ops [start, end) that uses or makes it."""
+    return {t: i for i in range(start, end) for t in (*ops[i].uses(), *(o for o in ops[i].outputs if o))}
+
+
+def _drops(last: Mapping[str, int]) -> dict[int, list[str]]:
+    """Op -> the tensors that are dropped after it."""
+    found: dict[int, list[str]] = {}
+    for tensor, i in last.items():
+        found.setdefault(i, []).append(tensor)
+    return found
 
 
 class _Writer:
@@ -126,19 +139,13 @@ class _Writer:
         ops = [self.ops[name] for name in self.segment.ops]
         parameters = "".join(f", u{i}" for i in range(len(self.segment.uses)))
         self.lines.append(f"def segment(b, B, dev{parameters}, group=None):")
-        last_use: dict[str, int] = {}
-        for i, op in enumerate(ops):
-            for tensor in (*op.uses(), *(o for o in op.outputs if o)):
-                last_use[tensor] = i
+        last_use = _last_uses(ops, 0, len(ops))
         for start, end in self.segment.recompute:  # a range's inputs live to its end
             for tensor, i in last_use.items():
                 if start <= i < end:
                     last_use[tensor] = end - 1
-        drops: dict[int, list[str]] = {}
         kept = set(self.segment.outputs) | {t for _, t, _ in self.segment.choices}
-        for tensor, i in last_use.items():
-            if tensor not in kept:
-                drops.setdefault(i, []).append(tensor)
+        drops = _drops({t: i for t, i in last_use.items() if t not in kept})
         starts = dict(self.segment.recompute)
         i = 0
         while i < len(ops):
@@ -171,11 +178,8 @@ class _Writer:
         leaving = [o for op in ops[start:end] for o in op.outputs if o and o in after]
         taken = ", ".join(["b", "B", "dev", *needed])
         self.lines.append(f"    def again{start}({taken}):")
-        drops: dict[int, list[str]] = {}
-        last = {t: i for i in range(start, end) for t in (*ops[i].uses(), *(o for o in ops[i].outputs if o))}
-        for tensor, i in last.items():
-            if tensor in inside and tensor not in leaving and tensor not in kept:
-                drops.setdefault(i, []).append(tensor)
+        own = inside.difference(leaving, kept)
+        drops = _drops({t: i for t, i in _last_uses(ops, start, end).items() if t in own})
         for i in range(start, end):
             if ops[i].grad:
                 self.call(ops[i], "        ")
