@@ -48,7 +48,7 @@ def anneal(
             state.nets_at, state.nets_of, state.near_at, state.near_of,
         )  # fmt: skip
         passed = (time.perf_counter() - began) / seconds if seconds > 0 else 1.0
-        if passed >= 1.0:
+        if passed >= 1.0 or best[0] <= 0.0:  # no load is less than none
             return tuple(int(device) for device in found)
         heat = hot * (COLD / hot) ** passed
 

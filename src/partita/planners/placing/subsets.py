@@ -110,7 +110,7 @@ class Subsets:
         able = np.isfinite(ordered)
         weight = transfer * line.cut
         weight[:, 1] += np.repeat(np.where(able, ordered, 0.0), np.diff(line.first)[: len(ordered)])
-        return cls(line, weight, able, max(float(ordered[able].sum()), 1e-300))
+        return cls(line, weight, able, float(ordered[able].sum()) or 1.0)  # any slope bounds
 
     def _run(
         self, value: Array, cap: float, buckets: int, back: Backs | None, out: Flags | None
