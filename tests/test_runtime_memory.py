@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import sys
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -155,45 +157,64 @@ class Tiny(nn.Module):
         return x * self.a
 
 
-def quickest(run: object, times: int = 60) -> float:
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()  # type: ignore[operator]
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
 def many_small_ops() -> nn.Module:
     return nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU()) for _ in range(24)))
 
 
-def slowness() -> float:
-    """How many times longer than 1.5 ms this machine takes for 72 small ops; at least 1."""
-    model, x = many_small_ops(), torch.randn(4, 4)
-    return max(1.0, quickest(lambda: model(x)) / 1.5e-3)
+class Calls:
+    """Counts the calls of functions, Python's and C's, in this thread and in threads started meanwhile.
+
+    Counted, not timed: a clock on a loaded machine says more of the machine (``benchmarks.overhead`` tells the time).
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, frame: object, event: str, arg: object) -> None:
+        self.count += event in ("call", "c_call")
+
+    def __enter__(self) -> Calls:
+        threading.setprofile(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        threading.setprofile(None)  # type: ignore[arg-type]
+        sys.setprofile(None)
+
+    def of(self, run: Callable[[], object]) -> int:
+        """The fewest calls of functions of three runs."""
+        counts = []
+        for _ in range(3):
+            before = self.count
+            sys.setprofile(self)
+            run()
+            sys.setprofile(None)
+            counts.append(self.count - before)
+        return min(counts)
 
 
-@pytest.mark.slow
-def test_an_instruction_costs_at_most_30_microseconds_beyond_its_ops() -> None:
+def test_an_instruction_costs_a_bounded_number_of_calls_beyond_its_ops() -> None:
     """64 microbatches of one op, against plain PyTorch doing the same 64 forwards and backwards."""
     model, x = Tiny(), torch.randn(256, 1)
-    parallel = divided(model, (x,), microbatches=64, loss_fn=lambda y, t: y.sum())
-    parallel.train_step(x, x)
 
     def plain() -> None:
         for part in x.split(4):
             (part * model.a).sum().backward()
 
-    extra = quickest(lambda: parallel.train_step(x, x)) - quickest(plain)
-    print(f"\n{extra / 128 * 1e6:.1f} microseconds an instruction")
-    assert extra / 128 < 30e-6 * slowness()
+    with Calls() as calls:
+        parallel = divided(model, (x,), microbatches=64, loss_fn=lambda y, t: y.sum())
+        parallel.train_step(x, x)
+        extra = (calls.of(lambda: parallel.train_step(x, x)) - calls.of(plain)) / 128
+    print(f"\n{extra:.1f} calls of functions an instruction")
+    assert 0 < extra < 40
 
 
-def test_a_call_on_one_device_costs_less_than_a_millisecond_more_than_the_plain_call() -> None:
-    """72 ops that take next to no time themselves; benchmarks.overhead says what calls of real size cost."""
+def test_a_call_on_one_device_costs_a_bounded_number_of_calls_beyond_the_plain_call() -> None:
+    """72 ops in 97 modules: before a call, a few things of each module and parameter are looked at, and no more."""
     model, x = many_small_ops(), torch.randn(4, 4)
-    parallel = divided(model, (x,))
-    extra = quickest(lambda: parallel(x)) - quickest(lambda: model(x))
-    print(f"\n{extra * 1e3:.2f} ms a call")
-    assert extra < 1e-3 * slowness()
+    with Calls() as calls:
+        parallel = divided(model, (x,))
+        parallel(x)
+        extra = calls.of(lambda: parallel(x)) - calls.of(lambda: model(x))
+    print(f"\n{extra} calls of functions a call")
+    assert 0 < extra < 45 * len(list(model.modules()))
