@@ -8,7 +8,7 @@ from torch import nn
 
 from partita.measure import local_cluster
 from partita.plan import Batch, Plan, Stage
-from partita.runtime import weight_share
+from partita.runtime import weight_grad, weight_share
 from partita.runtime.compare import compare, observe
 from partita.runtime.module import ParallelModule
 
@@ -66,15 +66,71 @@ def test_the_same_bits_whoever_is_faster() -> None:
 
 def test_each_weights_gradient_exists_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    plain = weight_share.Meeting._make
+    plain = weight_share._make
 
-    def counted(self: weight_share.Meeting, device: str, owed: list[weight_share._Owed]) -> None:
+    def counted(owed: list[weight_share._Owed], replica: int) -> None:
         made.append(len(owed))
-        plain(self, device, owed)
+        plain(owed, replica)
 
-    monkeypatch.setattr(weight_share.Meeting, "_make", counted)
+    monkeypatch.setattr(weight_share, "_make", counted)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     divided = _replicas(model, 2)
     observe(divided, model, (torch.randn(7, 8),), {})
     divided.close()
     assert made == [2, 2, 2]  # three weights, each from the pairs of both replicas
+
+
+class Turned(nn.Module):
+    """As GPT-2's Conv1D: weight (in, out)."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inside, outside) * 0.1)
+        self.bias = nn.Parameter(torch.randn(outside))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_large_products_are_made_in_parts_with_the_same_numbers_and_bits(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_grad, "LEAST_TO_CUT", 0)
+    model = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), Turned(9, 7), nn.Tanh(), nn.Linear(7, 5, bias=False), Twice(5))
+    x = torch.randn(7, 8)
+    divided = _replicas(model, count)
+    first = observe(divided, model, (x,), {})
+    found = compare(observe(model, model, (x,), {}), first)
+    assert found.ok, str(found)
+    for _ in range(5):
+        again = observe(divided, model, (x,), {}).gradients
+        assert all(torch.equal(first.gradients[name], again[name]) for name in again)
+    divided.close()
+
+
+class Twice(nn.Module):
+    """A weight that a product and another op take."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight) * self.weight.sum()
+
+
+def test_products_made_after_the_last_instruction_are_in_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = weight_share.Meeting.make_ready
+
+    def only_at_the_end(self: weight_share.Meeting, device: str, *how: object, **note: object) -> None:
+        if device in self._ended:
+            plain(self, device, *how, **note)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(weight_share.Meeting, "make_ready", only_at_the_end)
+    divided = _replicas(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), 2)
+    with divided.tracing():
+        divided(torch.randn(7, 8)).sum().backward()
+    divided.close()
+    assert divided.trace is not None
+    assert sum(e.kind == "W" for e in divided.trace.events) == 2

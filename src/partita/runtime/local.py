@@ -145,6 +145,8 @@ class Local:
             },
             exchange.stop,
         )
+        if shared is not None:
+            shared.finish()
 
     def _run_groups(self, state: StepState, program: Program) -> None:
         """As ``run``, where members of groups walk their leader's list, each in its own seat."""
@@ -309,7 +311,7 @@ def _walk(
         try:
             worker.walk(instructions)
             if share is not None:
-                share.end()
+                share.end(worker.noted)
         finally:
             worker.mine.queue.share = None
             join(None, 0)

@@ -8,8 +8,11 @@ stage before waits for (Zero Bubble Pipeline Parallelism, Qi et al. 2024, the B 
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,13 +20,33 @@ import torch.nn.functional as F
 
 from partita.cost.surge import PUT_OFF
 
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Gradient(Protocol):
+    """How one op's weight gradient comes of its pairs (input, output gradient)."""
+
+    def make(self, pairs: Pairs) -> None:
+        """Add it to the weight's ``.grad``."""
+
+    def cut(self, pairs: Pairs, count: int) -> Cut | None:
+        """``count`` parts that threads may make at the same time; None where that would not pay."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """``parts``: each to be run once, in any order, by any thread; then ``finish`` adds the whole to ``.grad``."""
+
+    parts: tuple[Callable[[], None], ...]
+    finish: Callable[[], None]
+
 
 class Share(Protocol):
     """What a queue asks of ``weight_share.Shared``."""
 
     def takes(self, name: str) -> bool: ...
 
-    def add(self, name: str, kind: str, make: Callable[..., None], x: torch.Tensor, grad: torch.Tensor) -> None: ...
+    def add(self, name: str, kind: str, gradient: Gradient, x: torch.Tensor, grad: torch.Tensor) -> None: ...
 
 
 class WeightQueue:
@@ -36,37 +59,32 @@ class WeightQueue:
         self.put_off = False
         self.share: Share | None = None
         self.key: object = None
-        self._held: dict[object, dict[object, tuple[Callable[..., None], list[tuple[torch.Tensor, torch.Tensor]]]]] = {}
+        self._held: dict[object, dict[object, tuple[Gradient, Pairs]]] = {}
 
     def add(
-        self,
-        what: tuple[object, ...],
-        leaf: torch.Tensor,
-        make: Callable[..., None],
-        x: torch.Tensor,
-        grad: torch.Tensor,
+        self, what: tuple[object, ...], leaf: torch.Tensor, gradient: Gradient, x: torch.Tensor, grad: torch.Tensor
     ) -> None:
         """``what``: the kind of product and its weights. Pairs of the same ``what`` are joined, replicas' where
         kind and weight are the same."""
         name = getattr(leaf, _MARK)
         if self.share is not None and self.share.takes(name):
-            self.share.add(name, str(what[0]), make, x, grad)
+            self.share.add(name, str(what[0]), gradient, x, grad)
         elif not self.put_off:
-            make([(x, grad)])
+            gradient.make([(x, grad)])
         else:
             entries = self._held.setdefault(self.key, {})
-            entries.setdefault(what, (make, []))[1].append((x, grad))
+            entries.setdefault(what, (gradient, []))[1].append((x, grad))
 
     def flush(self, keys: list[object]) -> None:
         """Make the gradients of these runs, all runs of one weight in one product."""
-        joined: dict[object, tuple[Callable[..., None], list[tuple[torch.Tensor, torch.Tensor]]]] = {}
+        joined: dict[object, tuple[Gradient, Pairs]] = {}
         for key in keys:
-            for what, (make, pairs) in self._held.pop(key, {}).items():
-                joined.setdefault(what, (make, []))[1].extend(pairs)
+            for what, (gradient, pairs) in self._held.pop(key, {}).items():
+                joined.setdefault(what, (gradient, []))[1].extend(pairs)
         with torch.no_grad():
             for what in list(joined):  # what a product has used goes before the next
-                make, pairs = joined.pop(what)
-                make(pairs)
+                gradient, pairs = joined.pop(what)
+                gradient.make(pairs)
                 del pairs
 
 
@@ -105,14 +123,6 @@ def mark(alias: torch.Tensor, name: str) -> None:
     setattr(alias, _MARK, name)
 
 
-def _add_product(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """weight.grad += left.T @ right"""
-    if weight.grad is None:
-        weight.grad = left.t() @ right
-    else:
-        weight.grad.addmm_(left.t(), right)
-
-
 def _add(weight: torch.Tensor, grad: torch.Tensor) -> None:
     if weight.grad is None:
         weight.grad = grad
@@ -120,7 +130,71 @@ def _add(weight: torch.Tensor, grad: torch.Tensor) -> None:
         weight.grad.add_(grad)
 
 
-Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+LEAST_TO_CUT = 1 << 27
+"""Multiplications below which a product's parts cost more in calls than they gain in balance: a few ms on a core."""
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """weight.grad += left' right, and bias.grad += the output gradients' sum. ``turned``: the weight is (in, out)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    turned: bool = False
+
+    def make(self, pairs: Pairs) -> None:
+        for x, grad in _rows(pairs):
+            left, right = (x, grad) if self.turned else (grad, x)
+            if self.weight.grad is None:
+                self.weight.grad = left.t() @ right
+            else:
+                self.weight.grad.addmm_(left.t(), right)
+            if self.bias is not None:
+                _add(self.bias, grad.sum(0))
+
+    def cut(self, pairs: Pairs, count: int) -> Cut | None:
+        """Rows of the weight are parts: each reads all of ``right`` and its columns of ``left``."""
+        rows = sum(x.numel() // max(x.shape[-1], 1) for x, _ in pairs)
+        length = self.weight.shape[0]
+        if length < count or rows * self.weight.numel() < LEAST_TO_CUT:
+            return None
+        whole = torch.empty_like(self.weight, requires_grad=False)
+        joined = _rows(pairs)
+        sums: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the bias
+
+        def part(start: int, stop: int) -> None:
+            for number, (x, grad) in enumerate(joined):
+                left, right = (x, grad) if self.turned else (grad, x)
+                if number:
+                    whole[start:stop].addmm_(left[:, start:stop].t(), right)
+                else:
+                    torch.mm(left[:, start:stop].t(), right, out=whole[start:stop])
+                if self.bias is not None and not start:
+                    sums.append((self.bias, grad.sum(0)))
+
+        def finish() -> None:
+            for leaf, grad in ((self.weight, whole), *sums):
+                _add(leaf, grad)
+
+        edges = [length * k // count for k in range(count + 1)]
+        return Cut(tuple(partial(part, a, b) for a, b in itertools.pairwise(edges)), finish)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """An embedding's gradient: made once, not per microbatch, since it is as large as the table."""
+
+    weight: torch.Tensor
+    padding: int
+
+    def make(self, pairs: Pairs) -> None:
+        rows, gs = [i.reshape(-1) for i, _ in pairs], [g.reshape(-1, g.shape[-1]) for _, g in pairs]
+        index, grad = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (rows, gs))
+        length = self.weight.shape[0]
+        _add(self.weight, torch.ops.aten.embedding_dense_backward(grad, index, length, self.padding, False))
+
+    def cut(self, pairs: Pairs, count: int) -> Cut | None:
+        return None
 
 
 def _rows(pairs: Pairs) -> Pairs:
@@ -147,15 +221,8 @@ class _Linear(torch.autograd.Function):
         (grad,) = grads
         x, weight = ctx.saved_tensors
         leaf, bias = ctx.leaf, ctx.bias  # under recomputation the saved weight is a detached copy
-
-        def make(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-            for xs, gs in _rows(pairs):
-                _add_product(leaf, gs, xs)
-                if bias is not None:
-                    _add(bias, gs.sum(0))
-
         result = grad.matmul(weight) if ctx.wants_x else None
-        ctx.queue.add((f"linear {_name(bias)}", id(leaf), id(bias)), leaf, make, x, grad)
+        ctx.queue.add((f"linear {_name(bias)}", id(leaf), id(bias)), leaf, _Matrix(leaf, bias), x, grad)
         return result, None, None, None
 
 
@@ -182,14 +249,8 @@ class _Addmm(torch.autograd.Function):
         (grad,) = grads
         x, weight = ctx.saved_tensors
         leaf, bias = ctx.leaf, ctx.bias  # under recomputation the saved weight is a detached copy
-
-        def make(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-            for xs, gs in _rows(pairs):
-                _add_product(leaf, xs, gs)
-                _add(bias, gs.sum(0))
-
         result = grad.matmul(weight.t()) if ctx.wants_x else None
-        ctx.queue.add((f"addmm {_name(bias)}", id(leaf), id(bias)), leaf, make, x, grad)
+        ctx.queue.add((f"addmm {_name(bias)}", id(leaf), id(bias)), leaf, _Matrix(leaf, bias, turned=True), x, grad)
         return None, result, None, None
 
 
@@ -215,14 +276,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         index, _ = ctx.saved_tensors
         leaf, padding = ctx.leaf, ctx.padding
-
-        def make(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-            rows, gs = [i.reshape(-1) for i, _ in pairs], [g.reshape(-1, g.shape[-1]) for _, g in pairs]
-            index, grad = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (rows, gs))
-            dense = torch.ops.aten.embedding_dense_backward(grad, index, leaf.shape[0], padding, False)
-            _add(leaf, dense)
-
-        ctx.queue.add((f"embedding {padding}", id(leaf), padding), leaf, make, index, grads[0])
+        ctx.queue.add((f"embedding {padding}", id(leaf), padding), leaf, _Table(leaf, padding), index, grads[0])
         return None, None, None, None
 
 

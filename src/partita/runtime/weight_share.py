@@ -1,13 +1,16 @@
 """Weight gradients of replicas, made once: whoever is ahead in his backward multiplies for all replicas.
 
-    replica a   B4 B3 B2 dw4=dy_a' x_a + dy_b' x_b B1 dw3 ...      ahead: takes the products
-    replica b   B4    B3         B2        B1  dw2 ...             behind: goes on with what others wait for
+    replica a   B4 B3 B2 dw4=dy_a' x_a + dy_b' x_b B1 dw3 .. upper dw1    ahead: takes the products
+    replica b   B4    B3         B2        B1  dw2 ...       lower dw1    behind: goes on with what others wait for
 
 Replicas that each make their own gradient write it twice and read both again to add them, and a device that a neighbour
 slows down holds up the step. Here a weight's gradient is written by the products alone and exists once, and the
-products go to the device that has time. Pairs are joined in the order of the microbatches, so the bits do not depend on
-who made them. Nobody gets more than ``LEAD`` products ahead: what he hands in is kept until the slowest has handed in
-the same, and then it can be made. A gradient is accounted to the first replica, whoever makes it.
+products go to the device that has time. Large ones are cut into as many parts of the weight's rows as there are
+replicas, so that nobody waits while another makes the last one. Pairs are joined in the order of the microbatches and
+the parts are always the same, so the bits do not depend on who made them. One product is left over till somebody's
+backward has ended, and gives him something to do while the others' last pairs come. Nobody keeps the pairs of more than
+``LEAD`` products: what he hands in stays until the slowest has handed in the same, and then it can be made. A gradient
+is accounted to the first replica, whoever makes it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -24,9 +29,7 @@ from partita.graph import Graph, Ref
 from partita.program import Program
 from partita.runtime.memory import counted_on
 from partita.runtime.transport import Stopped
-from partita.runtime.weight_grad import WEIGHT_ARGUMENT
-
-Make = Callable[[list[tuple[torch.Tensor, torch.Tensor]]], None]
+from partita.runtime.weight_grad import WEIGHT_ARGUMENT, Gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +59,12 @@ class _Owed:
     replica: int
     number: int
     kind: str
-    make: Make
+    gradient: Gradient
     x: torch.Tensor
     grad: torch.Tensor
+
+
+Work = Callable[[int], None]  # for the replica of this number to do
 
 
 class Meeting:
@@ -68,13 +74,15 @@ class Meeting:
         self.sharing = sharing
         self._stopped = stopped
         self._owed: dict[str, list[_Owed]] = {}
-        self._ready: deque[list[_Owed]] = deque()
+        self._ready: deque[Work] = deque()
+        self._finish: list[Callable[[], None]] = []
         self._done = dict.fromkeys(sharing.replicas, 0)
         self._ended: set[str] = set()
         self._changed = threading.Condition()
 
     def put(self, device: str, name: str, owed: _Owed) -> None:
         """Note one pair; with the last of a weight its gradient can be made, by whoever is ahead."""
+        complete: list[_Owed] = []
         with self._changed:
             self._done[device] += 1
             waiting = self._owed.setdefault(name, [])
@@ -82,24 +90,33 @@ class Meeting:
             if self._done[device] == min(self._done.values()):
                 self._changed.notify_all()
             if len(waiting) == self.sharing.uses[name] * len(self.sharing.replicas):
-                self._ready.append(self._owed.pop(name))
+                complete = self._owed.pop(name)
+        if complete:
+            work = self._works(complete)
+            with self._changed:
+                self._ready.extend(work)
                 self._changed.notify_all()
 
-    def make_ready(self, device: str) -> None:
-        """Make the gradients of which every pair is there, while this device is ahead (or has ended)."""
+    def make_ready(
+        self, device: str, reserve: int = 0, note: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        """Make what can be made, while this device is ahead (or has ended): all but a ``reserve``, at the end that too.
+        ``note``: entered around each product."""
         while True:
             with self._changed:
-                ahead = device in self._ended or self._done[device] >= max(self._done.values())
-                if not self._ready or not ahead:
+                ended = device in self._ended
+                ahead = ended or self._done[device] >= max(self._done.values())
+                if len(self._ready) <= (0 if ended else reserve) or not ahead:
                     return
-                owed = self._ready.popleft()
-            self._make(device, owed)
+                work = self._ready.popleft()
+            with note():
+                self._do(device, work)
 
     def keep_near(self, device: str) -> None:
         """Wait while this device is far ahead, making what comes to be ready."""
         while True:
             with self._changed:
-                if self._done[device] - min(self._done.values()) <= LEAD:
+                if self._done[device] - min(self._done.values()) < LEAD:
                     return
                 if self._stopped():
                     raise Stopped
@@ -107,22 +124,28 @@ class Meeting:
                     self._changed.wait(0.2)
             self.make_ready(device)
 
-    def _make(self, device: str, owed: list[_Owed]) -> None:
+    def _works(self, owed: list[_Owed]) -> list[Work]:
+        """All of one weight's pairs: parts of one product where they are of one op and it is large, else one piece."""
         owed.sort(key=lambda o: (o.replica, o.number))
-        own = self.sharing.replicas.index(device)
-        for kind in dict.fromkeys(o.kind for o in owed):
-            same = [o for o in owed if o.kind == kind]
-            make = next((o.make for o in same if o.replica == own), same[0].make)
+        if len({o.kind for o in owed}) == 1:
             with torch.no_grad(), counted_on(self.sharing.replicas[0]):
-                make([(o.x, o.grad) for o in same])
+                cut = owed[0].gradient.cut([(o.x, o.grad) for o in owed], len(self.sharing.replicas))
+            if cut is not None:
+                self._finish.append(cut.finish)
+                return [_for_anyone(part) for part in cut.parts]
+        return [partial(_make, owed)]
 
-    def end(self, device: str) -> None:
+    def _do(self, device: str, work: Work) -> None:
+        with torch.no_grad(), counted_on(self.sharing.replicas[0]):
+            work(self.sharing.replicas.index(device))
+
+    def end(self, device: str, note: Callable[[], AbstractContextManager[None]]) -> None:
         """This device's backward is over: help until everybody's is, then make what was never completed."""
         with self._changed:
             self._ended.add(device)
             self._changed.notify_all()
         while True:
-            self.make_ready(device)
+            self.make_ready(device, note=note)
             with self._changed:
                 if self._ready:
                     continue
@@ -133,7 +156,26 @@ class Meeting:
                     raise Stopped
                 self._changed.wait(0.2)
         for owed in left:
-            self._make(device, owed)
+            for work in self._works(owed):
+                with note():
+                    self._do(device, work)
+
+    def finish(self) -> None:
+        """When all devices have ended: what was made in parts becomes the weights' gradients."""
+        for finish in self._finish:
+            finish()
+
+
+def _for_anyone(part: Callable[[], None]) -> Work:
+    return lambda replica: part()
+
+
+def _make(owed: list[_Owed], replica: int) -> None:
+    """Into the replica's own leaves, which nobody else writes."""
+    for kind in dict.fromkeys(o.kind for o in owed):
+        same = [o for o in owed if o.kind == kind]
+        gradient = next((o.gradient for o in same if o.replica == replica), same[0].gradient)
+        gradient.make([(o.x, o.grad) for o in same])
 
 
 class Shared:
@@ -147,12 +189,12 @@ class Shared:
     def takes(self, name: str) -> bool:
         return name in self.meeting.sharing.uses
 
-    def add(self, name: str, kind: str, make: Make, x: torch.Tensor, grad: torch.Tensor) -> None:
+    def add(self, name: str, kind: str, gradient: Gradient, x: torch.Tensor, grad: torch.Tensor) -> None:
         """Hand in this pair, and make what is complete if there is time."""
         self._number += 1
-        self.meeting.put(self.device, name, _Owed(self._replica, self._number, kind, make, x, grad))
-        self.meeting.make_ready(self.device)
+        self.meeting.put(self.device, name, _Owed(self._replica, self._number, kind, gradient, x, grad))
+        self.meeting.make_ready(self.device, len(self.meeting.sharing.replicas))
         self.meeting.keep_near(self.device)
 
-    def end(self) -> None:
-        self.meeting.end(self.device)
+    def end(self, note: Callable[[], AbstractContextManager[None]]) -> None:
+        self.meeting.end(self.device, note)

@@ -8,7 +8,9 @@ same ``.grad``.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -137,6 +139,15 @@ class Worker:
                 start - origin, perf_counter() - origin, instruction.nbytes,
             )
         )  # fmt: skip
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Around weight gradients made for all replicas after this one's last instruction."""
+        start = perf_counter()
+        yield
+        if self.state.record:
+            index = max(s for s, places in enumerate(self.state.program.placement) if self.name in places)
+            self.record(Instruction("W", index, -1), start)
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
