@@ -41,6 +41,8 @@ def summary(rows: Sequence[Row], best: bool) -> dict[str, float]:
         "idle share: median difference": median(bubbles), "idle share: 95th percentile": quantile(bubbles, 0.95),
         **memory_summary(rows),
     }  # fmt: skip
+    if any(r.again for r in rows):
+        found["drift of the machine's speed since the first timings: median"] = median(abs(r.drift()) for r in rows)
     both = [r.transfers() for r in rows]
     predicted, measured = ([s for pair in both for s in pair[i]] for i in (0, 1))
     if predicted and measured:
@@ -80,6 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--cpu", action="store_true", help="the busiest device's CPU seconds instead of the step's time"
     )
+    parser.add_argument(
+        "--retime", action="store_true", help="time the parts in every round too: a machine whose speed drifts"
+    )
     parser.add_argument("--memory", action="store_true", help="bytes alone: no seconds, so no quiet machine is needed")
     parser.add_argument("--page", help="HTML page to write: the scatter, and timelines predicted above measured")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
@@ -90,6 +95,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"'{value}' is not one of {', '.join(WORKLOADS)}")
     if given.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if given.retime and (given.best or given.cpu or given.memory):
+        parser.error("--retime goes with medians of the wall clock alone")
     if given.memory and (given.page or given.json):
         parser.error("--memory prints a table only")
     console = Console(stderr=given.json, width=None if sys.stdout.isatty() else 140)
@@ -98,7 +105,9 @@ def main(argv: list[str] | None = None) -> int:
     for name in models:
         with Progress(console=console, transient=True) as progress:
             rounds = 0 if given.memory else given.rounds
-            rows, words, failed = study(name, rounds, cluster, progress, few=given.few, cpu=given.cpu)
+            rows, words, failed = study(
+                name, rounds, cluster, progress, few=given.few, cpu=given.cpu, retime=given.retime
+            )
         everything += rows
         if given.memory:
             for row in rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -33,7 +33,8 @@ CHOSEN = "chosen by the planner"
 
 @dataclass
 class Row:
-    """One plan of one model. Seconds a step; bytes per device. ``traces``: measured, one a round."""
+    """One plan of one model. Seconds a step; bytes per device. ``traces``: measured, one a round. ``again``: what was
+    predicted in each round by timings taken then."""
 
     model: str
     name: str
@@ -41,6 +42,7 @@ class Row:
     predicted: float
     seconds: list[float] = field(default_factory=list)
     traces: list[Trace] = field(default_factory=list)
+    again: list[float] = field(default_factory=list)
     memory_predicted: dict[str, int] = field(default_factory=dict)
     memory_measured: dict[str, int] = field(default_factory=dict)
 
@@ -48,7 +50,13 @@ class Row:
         return min(self.seconds) if best else median(self.seconds)
 
     def error(self, best: bool) -> float:
+        if self.again:
+            return median(p / s for p, s in zip(self.again, self.seconds, strict=True)) - 1.0
         return self.predicted / self.measured(best) - 1.0
+
+    def drift(self) -> float:
+        """What timings taken in the rounds would have predicted, over what was predicted before them, less 1."""
+        return median(self.again) / self.predicted - 1.0 if self.again else 0.0
 
     @property
     def memory_errors(self) -> list[float]:
@@ -127,8 +135,12 @@ class Setting:
             return cross_entropy(model(*given[:-1]), given[-1])
 
         captured = capture(model, (*args, target), {}, forward=step)
-        measured = measure_call(captured, cluster, model, (*args, target)) if timed else None
-        return Setting(name, model, args, target, captured, measured)
+        setting = Setting(name, model, args, target, captured, None)
+        return replace(setting, measured=setting.timings(cluster)) if timed else setting
+
+    def timings(self, cluster: Cluster, *, again: bool = False) -> Measured | None:
+        """Of the parts with their loss. ``again``: taken now, whatever is kept."""
+        return measure_call(self.captured, cluster, self.model, (*self.x, self.target), again=again)
 
     def plans(self, cluster: Cluster, *, few: bool = False) -> dict[str, Plan]:
         """What a person could pick."""
@@ -153,10 +165,10 @@ class Setting:
 
 
 def study(
-    name: str, rounds: int, cluster: Cluster, progress: Progress, *, few: bool, cpu: bool
+    name: str, rounds: int, cluster: Cluster, progress: Progress, *, few: bool, cpu: bool, retime: bool = False
 ) -> tuple[list[Row], str, dict[str, str]]:
     """Every plan of one model: predicted first, then measured in turn (``rounds`` 0: its memory alone). Also the
-    planner's plan in words, and what could not run.
+    planner's plan in words, and what could not run. ``retime``: its parts are timed in every round.
     """
     setting = Setting.make(name, cluster, timed=rounds > 0)
     plans: dict[str, Plan | None] = {**setting.plans(cluster, few=few), CHOSEN: None}
@@ -188,6 +200,13 @@ def study(
     generator = random.Random(0)
     for number in range(rounds):
         generator.shuffle(order)
+        if retime:
+            progress.update(task, description=f"{name}: timing its parts again")
+            now = setting.timings(cluster, again=True)
+            for row, parallel in zip(rows, running, strict=True):
+                row.again.append(
+                    predict(setting.captured.graph, parallel.plan, cluster, optimizer="none", measured=now).step_seconds
+                )
         for i in order:
             progress.update(task, description=f"{name}: round {number + 1} of {rounds}", advance=1)
             seconds, trace = recorded(setting, running[i], cpu=cpu)
