@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from partita.apart import largest_unit, several_nodes, simulate_apart
 from partita.cluster import Cluster
+from partita.cost.likened import likened
 from partita.cost.measured import Measured
 from partita.cost.table import cost_table, segment_costs
 from partita.divide import divide
@@ -40,8 +41,10 @@ def predict(
     found = layouts(graph)
     division = divide(graph, found, plan, batch=samples)
     program = lower(graph, found, plan, batch=samples, train=train, division=division)
-    whole = graph if division is None else division.graph
-    costs = segment_costs(program, cost_table(whole, cluster, measured=measured), cluster)
+    table = cost_table(graph, cluster, measured=measured)
+    if division is not None:
+        table = likened(table, division.graph, division.members[0].origin, cluster)
+    costs = segment_costs(program, table, cluster)
     if division is not None:
         costs = with_collectives(costs, division, program, cluster)
     apart = processes or bool(plan.zero) or several_nodes(cluster)

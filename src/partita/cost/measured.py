@@ -19,6 +19,7 @@ class Timing:
 
     ``saved``: bytes autograd keeps from forward to backward, parameters not counted; None where not measured.
     ``first``: seconds more that the first microbatch of a step takes (memory for the gradients is new to the process).
+    ``alone``: share of the seconds that it takes while the devices that share the host's memory do nothing.
     """
 
     forward: Affine
@@ -26,6 +27,7 @@ class Timing:
     weight: Affine = Affine()
     saved: Affine | None = None
     first: Affine = Affine()
+    alone: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class Measured:
             {
                 "signature": signature,
                 "kind": kind,
+                "alone": timing.alone,
                 **{
                     name: [value.fixed, value.per_sample]
                     for name in ("forward", "backward", "weight", "saved", "first")
@@ -70,7 +73,8 @@ class Measured:
                 parts = {name: Affine(*map(float, row[name])) for name in ("forward", "backward", "weight")}
                 saved = Affine(*map(float, row["saved"])) if "saved" in row else None
                 first = Affine(*map(float, row.get("first", (0.0, 0.0))))
-                found[str(row["signature"]), str(row["kind"])] = Timing(**parts, saved=saved, first=first)
+                alone = float(row.get("alone", 1.0))
+                found[str(row["signature"]), str(row["kind"])] = Timing(**parts, saved=saved, first=first, alone=alone)
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"not a table of measured timings ({error}); measure again to replace it") from error
         return Measured(found)

@@ -36,7 +36,8 @@ class SegmentCost:
     ``owed``: kept between B and W where weight gradients are put off; ``later``: bytes of the gradients that W makes;
     ``products``: the parameters they are of. ``given``: what the caller holds for the whole batch and these ops use
     (inputs, noise), which ``saved`` leaves out; ``rows``: of it, what backward needs of a microbatch.
-    ``joined``: what it takes in one piece that its makers hold in parts.
+    ``joined``: what it takes in one piece that its makers hold in parts. ``alone``: share of the seconds that it takes
+    while the devices beside it do nothing.
     """
 
     forward: Affine
@@ -53,12 +54,14 @@ class SegmentCost:
     given: tuple[tuple[str, Affine], ...] = ()
     rows: Affine = Affine()
     joined: Affine = Affine()
+    alone: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CostTable:
     """Arrays of shape (ops, 2): fixed and per sample. ``blocks``: the units measured, in order. ``kept``: what each op
-    makes that backward needs, ``saved`` its bytes. ``users``: tensor -> ops that take it.
+    makes that backward needs, ``saved`` its bytes. ``users``: tensor -> ops that take it. ``alone``: of each op, the
+    share of its seconds that it takes while the devices beside it do nothing.
     """
 
     graph: Graph
@@ -71,6 +74,7 @@ class CostTable:
     first: Mapping[str, Array]
     given: Mapping[str, Affine]
     users: Mapping[str, tuple[int, ...]]
+    alone: Mapping[str, Array]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -93,6 +97,7 @@ def cost_table(
     backward: dict[str, Array] = {}
     weight: dict[str, Array] = {}
     first: dict[str, Array] = {}
+    alone: dict[str, Array] = {}
     given = given_bytes(graph)
     kept = kept_by_maker(graph, given)
     batch = max(graph.batch, 1)
@@ -104,12 +109,14 @@ def cost_table(
         ]).reshape(-1, 3, 2)  # fmt: skip
         f, b, w = (np.ascontiguousarray(distinct[alike, part]) for part in range(3))
         extra = np.zeros_like(f)
+        alone[kind] = np.ones(len(graph.ops))
         for block in parts if measured is not None else ():
             timing = measured.get(block.signature, kind) if measured is not None else None
             if timing is None:
                 continue
             where = slice(block.start, block.stop)
             extra[where] = w[where] + b[where]
+            alone[kind][where] = timing.alone
             for array, value in ((f, timing.forward), (b, timing.backward), (w, timing.weight), (extra, timing.first)):
                 _share(array[where], value, batch)
             if timing.saved is not None:
@@ -120,7 +127,7 @@ def cost_table(
     for i, op in enumerate(graph.ops):
         for name in op.uses():
             users[name] = (*users.get(name, ()), i)
-    return CostTable(graph, parts, forward, backward, weight, saved, tuple(kept), first, given, users)
+    return CostTable(graph, parts, forward, backward, weight, saved, tuple(kept), first, given, users, alone)
 
 
 def _alike(graph: Graph) -> tuple[Indices, list[int]]:
@@ -202,8 +209,16 @@ def segment_cost(
     return SegmentCost(
         forward, backward, weight, life.saved, held, parameters_of(graph, ops), first,
         rises(graph, index, life, elsewhere, apart=apart), owed, later, products(graph, ops),
-        *given_to(table, ops),
+        *given_to(table, ops), alone=_alone(table, kind, index),
     )  # fmt: skip
+
+
+def _alone(table: CostTable, kind: str, index: Indices) -> float:
+    """Of these ops together, by the seconds that each takes."""
+    rows = table.forward[kind][index] + table.backward[kind][index] + table.weight[kind][index]
+    seconds = rows @ np.array([1.0, max(table.graph.batch, 1)])
+    total = float(seconds.sum())
+    return float(seconds @ table.alone[kind][index]) / total if total > 0 else 1.0
 
 
 def products(graph: Graph, ops: Iterable[int]) -> frozenset[str]:

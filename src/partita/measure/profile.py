@@ -3,8 +3,9 @@
 The graph is cut into units (``cost.blocks.profile_units``); equal layers have equal signatures and are measured once,
 two of them in turn, so that weights come from memory as in a step. Each unit runs the code a plan would run, on the
 device's own thread and cores, with real inputs: a forward of every unit, then backward and weight gradients in reverse,
-first with no gradients yet, then adding to them. Devices that share the machine's memory run at the same time.
-What other processes take meanwhile is not counted where that can be told (``_clock``).
+first with no gradients yet, then adding to them. Devices that share the machine's memory run at the same time, and one
+of each kind once more by itself.
+What other processes take meanwhile is not counted where that can be told (``_clock``; see ``timings``).
 """
 
 from __future__ import annotations
@@ -15,13 +16,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import median
 
 import torch
 
 from partita.capture import Captured
 from partita.cluster import Cluster, Device
-from partita.cost.affine import Affine, through
 from partita.cost.blocks import Block, profile_units
 from partita.cost.measured import Measured, Timing
 from partita.cost.memory import shares_memory
@@ -29,6 +28,7 @@ from partita.lower import lower
 from partita.measure import store
 from partita.measure.progress import progress_bar
 from partita.measure.rehearsal import Rehearsal, scene
+from partita.measure.timings import Sample, ease, lines, numbers
 from partita.phases import divides
 from partita.plan import Batch, Plan, Stage
 from partita.program import Program
@@ -40,17 +40,7 @@ Tensors = Mapping[str, torch.Tensor]
 BUDGET_SECONDS = 4.0
 INSTANCES = 2
 MOST_ROUNDS = 12
-PHASES = ("forward", "backward", "weight")
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """Seconds of one run of a unit. ``fresh``: the first of a step, when there are no gradients yet."""
-
-    phase: str
-    unit: int
-    fresh: bool
-    seconds: float
+ALONE_ROUNDS = (1, 3)
 
 
 @dataclass(eq=False)
@@ -59,7 +49,7 @@ class _Lane:
 
     device: Device
     rehearsal: Rehearsal
-    samples: list[_Sample] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -70,6 +60,15 @@ class _Script:
     lanes: list[_Lane]
     chosen: tuple[int, ...]
     saved: Mapping[int, float]
+
+    def samples(self, kind: str) -> list[list[Sample]]:
+        """What each lane of a device of this kind timed."""
+        return [lane.samples for lane in self.lanes if lane.device.kind == kind]
+
+    def units(self, parts: Sequence[Block]) -> list[tuple[int, str, bool, float]]:
+        """Of the segments chosen: number, signature, whether they run once on the whole batch, bytes kept."""
+        of = ((i, self.program.segments[i]) for i in self.chosen)
+        return [(i, parts[s.stage].signature, s.phase == "whole", self.saved.get(i, 0.0)) for i, s in of]
 
 
 def profile(
@@ -104,8 +103,9 @@ def profile(
             scripts = [_script(captured, batch_layouts, group, parts, n, given, parameters, train) for n in counts]
             _rounds(group, scripts, train, budget_seconds / len(groups), advance)
             for kind in {d.kind for d in group}:
-                by_size = [_numbers(script, parts, kind) for script in scripts]
-                fresh |= {(signature, kind): timing for signature, timing in _lines(by_size, counts, parts).items()}
+                by_size = [numbers(script.samples(kind), script.units(parts)) for script in scripts]
+                found = lines(by_size, counts, (p.signature for p in parts), ease(scripts[-1].samples(kind)))
+                fresh |= {(signature, kind): timing for signature, timing in found.items()}
     measured = Measured(fresh)
     store.write(measured, cluster, counts, train)
     return known.merged(measured)
@@ -191,12 +191,21 @@ def _rounds(
             for script in scripts:
                 barrier = threading.Barrier(len(script.lanes))
                 team.run(
-                    {lane.device.name: partial(_round, lane, script.chosen, train, barrier) for lane in script.lanes},
+                    {
+                        lane.device.name: partial(_round, lane, script.chosen, train, barrier, number)
+                        for lane in script.lanes
+                    },
                     barrier.abort,
                 )
                 if not number:
                     for lane in script.lanes:
                         lane.samples.clear()
+            if number in ALONE_ROUNDS and len(scripts[-1].lanes) > 1:
+                largest = scripts[-1]
+                for lane in {lane.device.kind: lane for lane in largest.lanes}.values():
+                    nobody = threading.Barrier(1)
+                    run = partial(_round, lane, largest.chosen, train, nobody, number, alone=True)
+                    team.run({lane.device.name: run}, nobody.abort)
             advance()
             spent = time.perf_counter() - began
             if number and spent + spent / (number + 1) > budget:
@@ -219,8 +228,10 @@ def _chosen(program: Program, parts: Sequence[Block]) -> tuple[int, ...]:
     return tuple(result)
 
 
-def _round(lane: _Lane, chosen: Sequence[int], train: bool, barrier: threading.Barrier) -> None:
-    """Two passes over the chosen units: with no gradients yet, then adding to them."""
+def _round(
+    lane: _Lane, chosen: Sequence[int], train: bool, barrier: threading.Barrier, turn: int, *, alone: bool = False
+) -> None:
+    """Two passes over the chosen units: with no gradients yet, then adding to them. ``alone``: so they are noted."""
     rehearsal = lane.rehearsal
 
     def wait() -> None:
@@ -231,10 +242,11 @@ def _round(lane: _Lane, chosen: Sequence[int], train: bool, barrier: threading.B
 
     def timed(phase: str, index: int, fresh: bool, run: Callable[[], None]) -> None:
         wait()
-        start = clock()
+        began, start = time.perf_counter(), clock()
         run()
         wait()
-        lane.samples.append(_Sample(phase, index, fresh, clock() - start))
+        seconds, wall = clock() - start, time.perf_counter() - began
+        lane.samples.append(Sample(phase, index, fresh, seconds, wall, turn, alone))
 
     rehearsal.begin()
     for fresh in (True, False):
@@ -266,65 +278,6 @@ def _clock(device: Device, kind: str, *, alone: bool) -> Callable[[], float]:
         return max((time.process_time() - begun[0]) / len(device.cores), time.thread_time() - begun[1])
 
     return clock
-
-
-def _numbers(script: _Script, parts: Sequence[Block], kind: str) -> dict[str, list[dict[str, float]]]:
-    """Signature -> numbers of each chosen instance: typical over rounds, then the median over devices of the kind."""
-    times: dict[tuple[int, str, bool], list[float]] = {}
-    for lane in (lane for lane in script.lanes if lane.device.kind == kind):
-        rounds: dict[tuple[int, str, bool], list[float]] = {}
-        for s in lane.samples:
-            rounds.setdefault((s.unit, s.phase, s.fresh), []).append(s.seconds)
-        for key, seconds in rounds.items():
-            times.setdefault(key, []).append(_typical(seconds))
-    typical = {key: median(values) for key, values in times.items()}
-    found: dict[str, list[dict[str, float]]] = {}
-    for index in script.chosen:
-        segment = script.program.segments[index]
-        row = {phase: typical.get((index, phase, False), 0.0) for phase in PHASES}
-        row["first"] = sum(typical.get((index, phase, True), 0.0) - row[phase] for phase in PHASES)
-        row["saved"] = script.saved.get(index, 0.0)
-        row["whole"] = float(segment.phase == "whole")
-        found.setdefault(parts[segment.stage].signature, []).append(row)
-    return found
-
-
-def _typical(times: Sequence[float]) -> float:
-    """The lower quartile: neighbours on the machine only ever add."""
-    ordered = sorted(times)
-    return ordered[(len(ordered) - 1) // 4]
-
-
-def _lines(
-    by_size: Sequence[Mapping[str, Sequence[Mapping[str, float]]]], counts: Sequence[int], parts: Sequence[Block]
-) -> dict[str, Timing]:
-    """Signature -> Timing, through what was measured at the smallest and the largest number of samples."""
-    result = {}
-    for signature in dict.fromkeys(p.signature for p in parts):
-        lines: dict[str, Affine] = {}
-        for name in (*PHASES, "first", "saved"):
-            values = [_value(m.get(signature, ()), name) for m in by_size]
-            if len(counts) == 1:
-                lines[name] = Affine(0.0, values[0] / counts[0])
-            else:
-                lines[name] = _through(counts[0], values[0], counts[-1], values[-1])
-        result[signature] = Timing(
-            lines["forward"], lines["backward"], lines["weight"], saved=lines["saved"], first=lines["first"]
-        )
-    return result
-
-
-def _through(n1: int, y1: float, n2: int, y2: float) -> Affine:
-    """The line through both; through the second and zero where that would put more work below nothing."""
-    line = through(n1, y1, n2, y2)
-    return line if line.fixed >= 0.0 else Affine(0.0, y2 / n2)
-
-
-def _value(rows: Sequence[Mapping[str, float]], name: str) -> float:
-    """Of one unit: its part for each microbatch plus its part for the whole batch."""
-    split = [r[name] for r in rows if not r["whole"]]
-    whole = [r[name] for r in rows if r["whole"]]
-    return (median(split) if split else 0.0) + (median(whole) if whole else 0.0)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from partita.errors import UsageError
 from partita.measure import cache, machine
 
 NAME = "timings"
-FORMAT = 2
+FORMAT = 3
 MOST = 20_000
 
 

@@ -18,7 +18,8 @@ import numpy as np
 from partita.cluster import Cluster
 from partita.cost.blocks import Block, legal_cuts, repeated
 from partita.cost.communication import Channel
-from partita.cost.table import CostTable, cost_table
+from partita.cost.likened import factors, likened
+from partita.cost.table import CostTable
 from partita.graph import Graph
 from partita.group_costs import collective_seconds
 from partita.planners.build import Built, build, of_pools
@@ -31,7 +32,6 @@ from partita.sharding.prices import Prices
 from partita.sharding.spmd import Local, Part, localise
 
 WHOLE_OPS = 200
-RANGE = (0.05, 20.0)  # of measured over counted seconds that is believed
 Seconds = tuple[tuple[Array, ...], tuple[Array, ...]]
 """With one microbatch and with more: forward, backward, weight, once a step."""
 
@@ -95,7 +95,7 @@ class Divider:
         at_least = {}
         for kind in table.kinds:
             launch = next(d.overhead_seconds for d in self.cluster.devices if d.kind == kind)
-            at_least[kind] = launch * self._factor(kind, self.cluster)
+            at_least[kind] = launch * self._factors().get(kind, 1.0)
 
         def floors(rows: Mapping[str, Array]) -> dict[str, Array]:
             return {k: np.stack([np.minimum(r[:, 0], at_least[k]), np.zeros(len(r))], axis=1) for k, r in rows.items()}
@@ -206,28 +206,16 @@ class Divider:
 
     def table_of(self, local: Local, cluster: Cluster) -> CostTable:
         """Prices of a member's ops; as much slower or faster than counted as the whole ops were measured to be."""
-        table = cost_table(local.graph, cluster)
-        of = {op.name: i for i, op in enumerate(self.graph.ops)}
-        came = [of[local.origin.get(op.name, op.name)] for op in local.graph.ops]
-        for kind in table.kinds:
-            factor = self._factor(kind, cluster)[came][:, None]
-            for rows in (table.forward, table.backward, table.weight):
-                rows[kind][...] *= factor
-        return table
+        known = self._factors()
+        return likened(
+            self.table, local.graph, local.origin, cluster, {d.kind: known[d.kind] for d in cluster.devices if known}
+        )
 
-    def _factor(self, kind: str, alone: Cluster) -> Array:
-        """How much slower or faster each whole op was measured than it was counted."""
-        if kind not in self.faster and not self.table.blocks:
-            self.faster[kind] = np.ones(len(self.graph.ops))
-        if kind not in self.faster:
-            counted = cost_table(self.graph, alone)
-            for k in counted.kinds:
-                mine, theirs = (
-                    (t.forward[k] + t.backward[k] + t.weight[k]) @ np.array([1.0, max(self.graph.batch, 1)])
-                    for t in (self.table, counted)
-                )
-                self.faster[k] = np.clip(mine / np.maximum(theirs, 1e-30), *RANGE)
-        return self.faster[kind]
+    def _factors(self) -> dict[str, Array]:
+        """How much slower or faster each whole op was measured than it was counted, by kind."""
+        if not self.faster:
+            self.faster = factors(self.table, self.cluster)
+        return self.faster
 
     def _sizes(self, piece: Piece, blocks: Sequence[Block]) -> dict[str, float]:
         """Bytes a member holds of each parameter that these blocks, equal to the piece's, use."""
