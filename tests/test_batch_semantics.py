@@ -215,3 +215,20 @@ def test_a_mean_loss_is_the_weighted_sum_of_the_parts_means(loss: str) -> None:
 
     found = same_numbers(WithLoss, rows)
     assert not found.couplings and list(found.weighted)
+
+
+class CountsSamples(nn.Module):
+    """The number of samples as a value, and in a size that is given by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = x.shape[0]
+        h = self.a(x) * x.new_full((n, 1), n)
+        return self.b(h.repeat_interleave(2, 0, output_size=2 * n))
+
+
+def test_a_number_of_samples_is_the_whole_batchs_as_a_value_and_the_parts_as_a_size() -> None:
+    same_numbers(CountsSamples, lambda n: (torch.randn(n, 6),))

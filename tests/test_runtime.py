@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from dividing import cluster, divided
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import partita
 from partita.errors import ExecutionError, PlanError, UsageError
@@ -530,6 +531,45 @@ def test_a_model_that_decides_by_values_trains_with_the_same_numbers() -> None:
             found = parallel.train_step(x, t)
         assert torch.equal(found.detach(), loss.detach())
         assert_same_grads(model, other, rtol=0, atol=0)
+
+
+class RunAgain(nn.Module):
+    """A BatchNorm whose statistics move twice a step: once in forward, once where backward runs it again."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.norm, self.linear, self.reentrant = nn.BatchNorm1d(6), nn.Linear(6, 6), reentrant
+
+    def part(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.linear(self.norm(x)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + checkpoint(self.part, x, use_reentrant=self.reentrant)  # type: ignore[no-any-return]
+
+
+class RunAgainAtTheTop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6)), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(checkpoint(self.b, self.a(x), use_reentrant=False))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("form", ["plain", "reentrant", "top"])
+def test_statistics_inside_a_checkpoint_move_as_often_as_in_the_unsplit_model(form: str) -> None:
+    torch.manual_seed(0)
+    layers = (RunAgain(form == "reentrant") for _ in range(2))
+    model = RunAgainAtTheTop() if form == "top" else nn.Sequential(nn.Linear(6, 6), *layers, nn.Linear(6, 4))
+    other, x = copy.deepcopy(model), torch.randn(8, 6)
+    parallel = partita.split(other, (x,), at=["c" if form == "top" else "2"], devices=cluster(2))
+    for _ in range(2):
+        for module in (model, parallel):
+            module(x).sum().backward()
+    assert_same_grads(model, other)
+    for (name, mine), theirs in zip(model.named_buffers(), other.buffers(), strict=True):
+        assert torch.allclose(mine, theirs), name
+    assert int(next(b for n, b in model.named_buffers() if n.endswith("tracked"))) == 4
 
 
 class ReadsItsInput(nn.Module):

@@ -402,3 +402,31 @@ def test_an_op_without_a_rule_runs_whole_and_says_which_line_would_divide_it() -
     graph = capture(model, (x,), {}).graph
     notes = " ".join(with_shards(graph, layouts(graph), plan, cluster(2)).reasons)
     assert "linalg_matrix_exp" in notes and "partita.sharding_rule(" in notes
+
+
+class Windows(nn.Module):
+    """Overlapping windows taken out of memory in which the heads do not lie where they stand (Longformer's keys)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(16, 16), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, t, _ = x.shape
+        heads = self.q(x).view(n, t, 4, 4).transpose(1, 2)  # in memory: sample, step, head
+        a, b, c, d = heads.stride()
+        windows = heads.as_strided((n, 4, t // 2 - 1, 4, 4), (a, b, 2 * c, c, d))
+        out: torch.Tensor = self.o(windows.mean(2).transpose(1, 2).reshape(n, 4, 16)[..., :8])
+        return out
+
+
+def test_what_counts_in_memory_finds_the_unsplit_models_order_there() -> None:
+    torch.manual_seed(0)
+    model, x = Windows(), torch.randn(4, 8, 16)
+    for members, microbatches in ((2, 1), (1, 2), (2, 2)):
+        plan = tensor_plan(model, (x,), members, 1, microbatches)
+        parallel = ParallelModule(model, plan, cluster(members))
+        y = torch.randn(4, 8, 16)
+        found = compare(observe(model, model, (y,), {}), observe(parallel, model, (y,), {}))
+        assert found.ok, found
+        parallel.close()

@@ -52,6 +52,7 @@ __all__ = [
     "local_part",
     "pytree",
     "safe_softmax",
+    "saving_is_hooked",
     "storage_key",
     "tcp_store",
     "transforming",
@@ -132,6 +133,14 @@ def force_eager() -> Iterator[None]:
 def transforming() -> bool:
     """Whether a functorch transform (vmap, grad, jvp) is at work around. Public: none."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def saving_is_hooked() -> bool:
+    """Whether hooks of this thread see what autograd saves (``torch.utils.checkpoint``, ``save_on_cpu``).
+
+    Public: ``torch.autograd.graph.saved_tensors_hooks`` sets them, none asks.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def global_hooks() -> tuple[int, ...]:

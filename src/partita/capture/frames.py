@@ -12,6 +12,7 @@ import torch
 
 TORCH = str(Path(torch.__file__).parent) + "/"
 _PARTITA = str(Path(__file__).parent.parent) + "/"
+_CHECKPOINT = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
 _STDLIB = str(Path(linecache.__file__).parent) + "/"
 
 
@@ -37,6 +38,20 @@ def user_line() -> str:
             return _line(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+def checkpointing_module() -> str | None:
+    """The path of the module whose forward called ``torch.utils.checkpoint.checkpoint`` around here (the outermost such
+    call; ``''``: the model's own forward); None where nothing around will be run again in backward."""
+    frame, found, inside = sys._getframe(1), None, False
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "checkpoint" and code.co_filename == _CHECKPOINT:
+            found, inside = "", True
+        elif inside and code.co_name == "module_call" and code.co_filename.startswith(_PARTITA):
+            found, inside = frame.f_locals["path"] or "", False
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
 
 
 def line_of(error: BaseException) -> str:

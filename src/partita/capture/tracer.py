@@ -21,7 +21,7 @@ from torch import nn
 from partita import torch_compat as tc
 from partita.capture import randomness
 from partita.capture.encode import NotEncodable, encode
-from partita.capture.frames import TORCH, user_line
+from partita.capture.frames import TORCH, checkpointing_module, user_line
 from partita.capture.reading import execute, read
 from partita.capture.records import Break, Call, Trace, Value, flat, packet
 from partita.capture.shadow import Shadow
@@ -189,6 +189,8 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
             return self.constant(args[0])
         if short == "aten.detach_" and not args[0].requires_grad:  # torch.tensor ends with one
             return func(*args, **kwargs)
+        if short == "aten.as_strided" and isinstance(args[0], tc.FakeTensor):
+            args = (self.in_memory_order(args[0]), *args[1:])
         if short == "aten.scaled_dot_product_attention":
             bound = _bind(func, args, kwargs)
             if bound["dropout_p"] > 0:
@@ -247,12 +249,21 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
         for i, output in enumerate(outputs):
             alone = target == "aten._pack_padded_sequence.default" and i == 1  # made from the lengths alone
             self.taints[output] = self.taint(used[1]) if alone else taint
+        if any(self.trace.values[base].role == "buffer" for base in writes):
+            self.look_for_checkpoint(call)
         for base in writes:
             self.base_taints[base] = self.base_taints.get(base, frozenset()) | taint
             if grad:
                 self.look_for_gradients(base)
         self.trace.calls.append(call)
         return call
+
+    def look_for_checkpoint(self, call: Call) -> None:
+        """Around a write to a buffer: what ``torch.utils.checkpoint`` runs again in backward changes it again then."""
+        around = checkpointing_module()
+        if around is not None:
+            what = f"{call.target} changes a buffer inside torch.utils.checkpoint, which changes it again in backward,"
+            raise self.stop(what, around)
 
     def look_for_gradients(self, base: str) -> None:
         """After a write: ``zeros`` into which something differentiable was written carries its gradient on."""
@@ -282,6 +293,16 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
                     dict.fromkeys(self.bases[tc.storage_key(args[p])] for p in positions if args[p] is not None)
                 )
         return tuple(found)
+
+    def in_memory_order(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same memory with its slowest dim first, for an op that counts in memory: elsewhere (gathered from several
+        devices, joined from parts of the batch) the tensor may lie in another order, and is copied into this one."""
+        order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), tensor.shape[d] == 1, d))
+        with self:
+            turned = tensor.permute(order)
+            if turned.storage_offset() or not turned.is_contiguous():
+                raise self.stop("as_strided looks at the memory around a tensor that is a part of another")
+            return turned.contiguous()
 
     def constant(self, real: torch.Tensor) -> torch.Tensor:
         """``torch.tensor([...])`` in forward: the data, kept."""

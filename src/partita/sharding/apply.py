@@ -355,3 +355,9 @@ def _check_sizes(op: Op) -> None:
     """A ``Size`` of an op whose arguments are sizes must scale with the microbatch exactly."""
     if sizes_are_true(op) and any(s.fixed or s.per_sample < 0 for s in has_size(op)):
         raise _Coupled("a size among its arguments is not a plain multiple of the batch")
+    value = _FILLED_WITH.get(op.target)
+    if value is not None and value < len(op.args) and isinstance(op.args[value], Size):
+        raise _Coupled("it is filled with a number that follows the batch")
+
+
+_FILLED_WITH = {"aten.full.default": 1, "aten.new_full.default": 2}  # this argument is no size

@@ -54,6 +54,9 @@ def _sized(graph: Graph, whole: Op, op: Op, option: Option, inputs: list[Shape],
         args[2] = out[dim : dim + (len(given) if isinstance(given, tuple) else 0)]
     elif kind in ("repeat", "tile"):
         args[1] = _times(call, args[1], inputs[0], out)
+    elif kind == "repeat_interleave" and any(key == "output_size" for key, _ in op.kwargs):
+        dim = call.number(2, name="dim") % max(len(out), 1)
+        op = replace(op, kwargs=tuple((k, out[dim] if k == "output_size" else v) for k, v in op.kwargs))
     elif kind in ("split", "unsafe_split") and isinstance(args[1], int):
         args[1] = _along(call, outputs, 0)
     elif kind in ("split", "split_with_sizes", "unsafe_split_with_sizes") and isinstance(args[1], tuple):

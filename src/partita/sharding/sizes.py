@@ -15,6 +15,7 @@ _TRUE_SIZES = frozenset(
         "expand",
         "broadcast_to",
         "repeat",
+        "repeat_interleave",
         "tile",
         "view_copy",
         "expand_copy",
