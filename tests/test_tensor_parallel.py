@@ -430,3 +430,30 @@ def test_what_counts_in_memory_finds_the_unsplit_models_order_there() -> None:
         found = compare(observe(model, model, (y,), {}), observe(parallel, model, (y,), {}))
         assert found.ok, found
         parallel.close()
+
+
+class DrawsAcross(nn.Module):
+    """Random numbers for a tensor that lies in memory in another order than it stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x).transpose(1, 2)
+        h = h + torch.randn_like(h) + torch.rand_like(h) * torch.randint_like(h, 2, 5)
+        h = h * torch.empty_like(h).bernoulli_(0.5) + h.detach().clone().exponential_()
+        out: torch.Tensor = self.b(F.alpha_dropout(h, 0.2, training=True))
+        return out
+
+
+def test_random_numbers_stand_where_they_do_in_the_unsplit_model_whatever_the_order_in_memory() -> None:
+    torch.manual_seed(0)
+    model, x = DrawsAcross(), torch.randn(4, 6, 8)
+    for members, microbatches in ((2, 1), (1, 2), (2, 2)):
+        plan = tensor_plan(model, (x,), members, 1, microbatches)
+        parallel = ParallelModule(model, plan, cluster(members))
+        y = torch.randn(4, 6, 8)
+        found = compare(observe(model, model, (y,), {}), observe(parallel, model, (y,), {}))
+        assert found.ok, found
+        parallel.close()

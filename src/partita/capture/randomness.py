@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -83,6 +84,49 @@ def memory_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, 
     """Dims of ``empty_like`` of such a tensor, slowest in memory first."""
     like: torch.Tensor = torch.empty_like(torch.empty_strided(shape, stride, device="meta"))
     return tuple(sorted(range(len(shape)), key=lambda d: (-int(like.stride()[d]), like.shape[d] == 1, d)))
+
+
+# Made like another tensor: allocated in that one's memory order, then drawn along the memory.
+_LIKE = {"aten.rand_like": "uniform_", "aten.randn_like": "normal_", "aten.randint_like": "random_",
+         "aten.empty_like": ""}  # fmt: skip
+_IN_PLACE = frozenset(f"aten.{n}_" for n in ("uniform", "normal", "exponential", "random", "cauchy", "log_normal",
+                                             "geometric", "bernoulli"))  # fmt: skip
+
+
+def along_memory(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+    """The order of the dims in memory, where the op draws along the memory of a tensor that does not lie as it stands.
+
+    Elsewhere (joined from parts of the batch, gathered from several devices) that tensor may lie in another order, and
+    as many numbers drawn along that memory would stand elsewhere: ``drawn`` makes memory of the right order first.
+    """
+    if (op not in _LIKE and op not in _IN_PLACE) or any(isinstance(a, torch.Tensor) for a in args[1:]):
+        return None
+    if op in _LIKE and kwargs.get("memory_format") not in (None, torch.preserve_format):
+        return None
+    order = memory_order(tuple(args[0].shape), tuple(args[0].stride()))
+    return None if order == tuple(range(len(order))) else order
+
+
+def drawn(
+    op: str, order: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any], ordered: dict[int, torch.Tensor]
+) -> torch.Tensor:
+    """What ``op`` gives, in memory of this order: bit for bit, for kernels tell by the strides how to draw.
+
+    ``ordered`` keeps the tensors made here: what is drawn into them needs no care.
+    """
+    like, rest = args[0], args[1:]
+    back = [order.index(d) for d in range(len(order))]
+    options = {k: v for k, v in kwargs.items() if k in ("dtype", "layout", "device", "pin_memory")}
+    fresh = torch.empty_like(like.permute(order), memory_format=torch.contiguous_format, **options).permute(back)
+    ordered[id(fresh)] = fresh
+    if op in _LIKE:
+        draw, numbers = _LIKE[op], {k: v for k, v in kwargs.items() if k in ("low", "high")}
+        if op == "aten.randint_like":
+            bounds = [*rest, *numbers.values()]
+            rest, numbers = (bounds[0], bounds[1]) if len(bounds) > 1 else (0, bounds[0]), {}
+        return getattr(fresh, draw)(*rest, **numbers) if draw else fresh
+    like.copy_(getattr(fresh, op.removeprefix("aten."))(*rest, **kwargs))
+    return like  # type: ignore[no-any-return]
 
 
 def separate(trace: Trace) -> list[Call]:

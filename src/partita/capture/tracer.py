@@ -65,6 +65,9 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
         self.drawn: Any = None
         self.failed_in = ""
         self.buffer_at: dict[tuple[str, str], torch.Tensor] = {}  # (module path, name) -> the fake put there
+        self.ordered: dict[
+            int, torch.Tensor
+        ] = {}  # inner tensors whose memory order is the same wherever they are made
         self.wants_gradient: set[int] = set()  # ids of inner tensors that forward told to require a gradient
 
     # ---- names ----------------------------------------------------------------------------------------------------
@@ -191,6 +194,14 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if short == "aten.as_strided" and isinstance(args[0], tc.FakeTensor):
             args = (self.in_memory_order(args[0]), *args[1:])
+        if args and isinstance(args[0], tc.FakeTensor) and id(args[0]) not in self.ordered:
+            order = randomness.along_memory(short, args, kwargs)
+            if order is not None:
+                with self:
+                    return randomness.drawn(short, order, args, kwargs, self.ordered)
+            if short in ("aten.alpha_dropout", "aten.alpha_dropout_"):
+                with self:
+                    return func.decompose(*args, **kwargs)
         if short == "aten.scaled_dot_product_attention":
             bound = _bind(func, args, kwargs)
             if bound["dropout_p"] > 0:
@@ -297,7 +308,8 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
     def in_memory_order(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same memory with its slowest dim first, for an op that counts in memory: elsewhere (gathered from several
         devices, joined from parts of the batch) the tensor may lie in another order, and is copied into this one."""
-        order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), tensor.shape[d] == 1, d))
+        strides = tensor.stride()
+        order = sorted(range(tensor.dim()), key=lambda d: (-strides[d], tensor.shape[d] == 1, d))
         with self:
             turned = tensor.permute(order)
             if turned.storage_offset() or not turned.is_contiguous():
