@@ -21,7 +21,7 @@ Key = tuple[str, int]
 class Inlet:
     """How a run gets one tensor. ``way``: 'alias' (a parameter), 'given', 'once', 'value' or 'joined' (of all
     microbatches). ``leaf``: a gradient may have to go back. ``rows``: the microbatch's rows are cut from it. ``copy``:
-    it is changed in place, and others hold it.
+    it is changed in place, and others hold it. ``changed``: the caller's own is changed in place.
     """
 
     use: Use
@@ -29,6 +29,7 @@ class Inlet:
     leaf: bool
     rows: Split | None
     copy: bool
+    changed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +130,11 @@ def _inlets(graph: Graph, program: Program, index: int, mutated: frozenset[int],
             way = "joined" if whole else "value"
             found.append(Inlet(use, way, meta.needs_grad, None, position in mutated))
         elif use.source == 0:
-            found.append(Inlet(use, "once", False, rows, False))
+            found.append(Inlet(use, "once", False, rows, False, position in mutated))
         elif meta.role == "parameter":
             found.append(Inlet(use, "alias", False, None, False))
         else:
-            found.append(Inlet(use, "given", meta.role == "input", rows, False))
+            found.append(Inlet(use, "given", meta.role == "input", rows, False, position in mutated))
     return tuple(found)
 
 

@@ -98,6 +98,7 @@ class Worker:
         self.group = seat.group if seat is not None else None
         self.mine = state.devices[name]
         self.owed: list[object] = []
+        self.parts: dict[tuple[str, Split | None], tuple[torch.Tensor, ...]] = {}
 
     def walk(self, instructions: tuple[Instruction, ...]) -> None:
         state, exchange = self.state, self.exchange
@@ -196,10 +197,10 @@ class Worker:
             return self.alias(use.tensor), False
         if inlet.way in ("given", "once"):
             value = state.once[use.tensor] if inlet.way == "once" else self.given(use.tensor)
+            if inlet.rows is not None:
+                value = self.part(inlet, value, microbatch)
             if value.device != self.mine.device:
                 value = value.to(self.mine.device, non_blocking=True)
-            if inlet.rows is not None:
-                value = value.narrow(*state.rows(inlet.rows, microbatch))
             if inlet.leaf and state.grad and value.requires_grad:
                 return value.detach().requires_grad_(), True
             return value.detach() if value.requires_grad else value, False
@@ -207,6 +208,18 @@ class Worker:
         if inlet.leaf and state.grad:
             return value.requires_grad_(), True
         return value, False
+
+    def part(self, inlet: Inlet, value: torch.Tensor, microbatch: int) -> torch.Tensor:
+        """A microbatch's rows of what the caller made. All are cut off at once where nobody changes them: each call of
+        torch hands the interpreter to another device's thread and takes it back."""
+        assert inlet.rows is not None
+        if inlet.changed:
+            return value.narrow(*self.state.rows(inlet.rows, microbatch))
+        key = inlet.use.tensor, inlet.rows
+        if key not in self.parts:
+            lengths = [n * inlet.rows.factor for n in self.state.program.sizes]
+            self.parts[key] = torch.split_with_sizes(value, lengths, inlet.rows.dim)
+        return self.parts[key][microbatch]
 
     def given(self, name: str) -> torch.Tensor:
         """An input or buffer. Of buffers that every member changes alike, all but the leader have a copy."""
