@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
-from typing import TypeAlias, Union
+from typing import Any, TypeAlias, Union
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +164,7 @@ class Graph:
     notes: tuple[str, ...] = ()
     _by_name: Mapping[str, Tensor] = field(init=False, repr=False, compare=False)
     _producer: Mapping[str, int] = field(init=False, repr=False, compare=False)
+    _known: dict[str, dict[str, Any]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_name", {t.name: t for t in self.tensors})
@@ -176,6 +177,10 @@ class Graph:
     def producer(self, name: str) -> int | None:
         """Index of the op that makes the tensor; None for inputs, parameters, buffers, constants."""
         return self._producer.get(name)
+
+    def known(self, what: str) -> dict[str, Any]:
+        """By name of a tensor or op: what was worked out of this graph alone before, so that it is done once."""
+        return self._known.setdefault(what, {})
 
     def of_role(self, *roles: str) -> tuple[Tensor, ...]:
         return tuple(t for t in self.tensors if t.role in roles)

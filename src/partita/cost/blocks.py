@@ -64,13 +64,29 @@ def signature(graph: Graph, ops: Sequence[Op]) -> str:
     number: dict[str, int] = {}
     text: list[str] = []
 
+    known = graph.known("signature")
+    for op in ops:
+        if op.name not in known:
+            known[op.name] = _spelt(op)
+        words, names = known[op.name]
+        text.append(words)
+        for name in names:
+            if name in number:
+                text.append(f"%{number[name]}")
+            else:
+                text.append(f"%{len(number)}:{graph.tensor(name).kind}")
+                number[name] = len(number)
+    return hashlib.blake2b("|".join(text).encode(), digest_size=12).hexdigest()
+
+
+def _spelt(op: Op) -> tuple[str, tuple[str, ...]]:
+    """The op in words, names of tensors left out, and these, in order."""
+    names: list[str] = []
+
     def name_of(name: str) -> str:
-        if not name:
-            return "-"
-        if name in number:
-            return f"%{number[name]}"
-        number[name] = len(number)
-        return f"%{number[name]}:{graph.tensor(name).kind}"
+        if name:
+            names.append(name)
+        return "%" if name else "-"
 
     def arg_of(arg: Arg) -> str:
         if isinstance(arg, Ref):
@@ -79,15 +95,9 @@ def signature(graph: Graph, ops: Sequence[Op]) -> str:
             return "(" + ",".join(map(arg_of, arg)) + ")"
         return repr(arg)
 
-    for op in ops:
-        text.append(op.target)
-        text.extend(map(arg_of, op.args))
-        text.extend(f"{key}={arg_of(value)}" for key, value in op.kwargs)
-        text.extend(map(name_of, op.reads))
-        text.extend(map(name_of, op.writes))
-        text.extend(map(name_of, op.outputs))
-        text.append(f"{op.grad}{op.random};")
-    return hashlib.blake2b("|".join(text).encode(), digest_size=12).hexdigest()
+    words = [op.target, *map(arg_of, op.args), *(f"{key}={arg_of(value)}" for key, value in op.kwargs)]
+    words += [",".join(map(name_of, group)) for group in (op.reads, op.writes, op.outputs)]
+    return "|".join((*words, f"{op.grad}{op.random};")), tuple(names)
 
 
 def blocks(

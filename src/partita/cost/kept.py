@@ -39,9 +39,13 @@ class Kept:
 
 def tensor_bytes(graph: Graph, name: str) -> Affine:
     """Bytes of one tensor as a line through one sample and the graph's batch."""
-    batch = max(graph.batch, 2)
-    tensor = graph.tensor(name)
-    return through(1, tensor.nbytes(1), batch, tensor.nbytes(batch))
+    known = graph.known("tensor_bytes")
+    if name not in known:
+        batch = max(graph.batch, 2)
+        tensor = graph.tensor(name)
+        known[name] = through(1, tensor.nbytes(1), batch, tensor.nbytes(batch))
+    found: Affine = known[name]
+    return found
 
 
 def kept_by_maker(graph: Graph, given: Iterable[str]) -> list[tuple[Kept, ...]]:
@@ -102,7 +106,7 @@ def lives(
     enters = _enters(graph, index, made, range_of)
     undone, done = np.zeros((n + 1, 2)), np.zeros((n + 1, 2))
     saved, stays, ends = Affine(), set[str](), dict[str, int]()
-    back: list[tuple[int, str, Affine]] = []  # where made, of what is saved by recomputing
+    back: dict[int, list[tuple[str, Affine]]] = {}  # where it is made, what is saved by recomputing
 
     def alive(rows: Array, start: int, stop: int, size: Affine) -> None:
         rows[start] += (size.fixed, size.per_sample)
@@ -118,7 +122,7 @@ def lives(
             if here is not None and again:
                 alive(undone, min(again), here[1], k.size)
                 ends[k.base] = min(again)
-                back.append((at, k.base, k.size))
+                back.setdefault(at, []).append((k.base, k.size))
             if marks or len(inside) < len(k.savers):  # (its savers in other stages have gone before this backward)
                 saved = saved + k.size
                 stays.add(k.base)
@@ -158,8 +162,11 @@ def lives(
     for base, at in made.items():
         if base not in stays and graph.tensor(base).role == "op":
             alive(done, at, last[base] + 1, tensor_bytes(graph, base))
+    made_at: dict[int, list[str]] = {}
+    for base, at in made.items():
+        made_at.setdefault(at, []).append(base)
     for start, stop in set(range_of.values()):
-        more = _more_while_made_again(graph, start, stop, made, last, back)
+        more = _more_while_made_again(graph, start, stop, made_at, last, back)
         undone[stop - 1] += more
         undone[stop] -= more
     return Lives(saved, np.cumsum(undone[:-1], axis=0), np.cumsum(done[:-1], axis=0), ends, frozenset(stays))
@@ -169,23 +176,24 @@ def _more_while_made_again(
     graph: Graph,
     start: int,
     stop: int,
-    made: Mapping[str, int],
+    made_at: Mapping[int, Sequence[str]],
     last: Mapping[str, int],
-    back: Iterable[tuple[int, str, Affine]],
+    back: Mapping[int, Sequence[tuple[str, Affine]]],
 ) -> Array:
     """Bytes (fixed, per sample) above what the range has saved in the end, at most, while its ops run again."""
     rows = np.zeros((stop - start + 1, 2))
     saved = set[str]()
-    for at, base, size in back:
-        if start <= at < stop:
+    for at in range(start, stop):
+        for base, size in back.get(at, ()):
             rows[at - start] += (size.fixed, size.per_sample)
             saved.add(base)
     whole = rows.sum(axis=0)
-    for base, at in made.items():
-        if start <= at < stop and base not in saved and graph.tensor(base).role == "op":
-            size = tensor_bytes(graph, base)
-            rows[at - start] += (size.fixed, size.per_sample)
-            rows[min(last[base] + 1, stop) - start] -= (size.fixed, size.per_sample)
+    for at in range(start, stop):
+        for base in made_at.get(at, ()):
+            if base not in saved and graph.tensor(base).role == "op":
+                size = tensor_bytes(graph, base)
+                rows[at - start] += (size.fixed, size.per_sample)
+                rows[min(last[base] + 1, stop) - start] -= (size.fixed, size.per_sample)
     most: Array = np.maximum(np.cumsum(rows[:-1], axis=0).max(axis=0) - whole, 0.0)
     return most
 

@@ -9,6 +9,7 @@ Accuracy: within a factor of about two on real devices; measured timings replace
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from types import MappingProxyType
 
@@ -38,6 +39,7 @@ EFFICIENCY = MappingProxyType({"matmul": 1.0, "conv": 0.7, "attention": 0.5})
 _ELEMENTWISE_EFFICIENCY = 0.25
 
 
+@cache
 def short(target: str) -> str:
     """``aten.linear.default`` -> ``linear``."""
     parts = target.split(".")
@@ -148,6 +150,14 @@ def copies_input(graph: Graph, op: Op) -> bool:
 
 def saved_tensors(graph: Graph, op: Op) -> tuple[str, ...]:
     """Tensors autograd keeps for this op's backward (parameters, buffers and constants not counted)."""
+    known = graph.known("saved_tensors")
+    if op.name not in known:
+        known[op.name] = _saved_tensors(graph, op)
+    found: tuple[str, ...] = known[op.name]
+    return found
+
+
+def _saved_tensors(graph: Graph, op: Op) -> tuple[str, ...]:
     if not op.grad or not any(graph.tensor(o).needs_grad for o in op.outputs if o):
         return ()
     kind, outputs = family(op), tuple(o for o in op.outputs if o)

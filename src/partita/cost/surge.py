@@ -84,21 +84,27 @@ def parameters_of(graph: Graph, ops: Iterable[int]) -> tuple[tuple[str, int, boo
 
 def parameters_of_op(graph: Graph, op: Op) -> tuple[tuple[str, int, bool], ...]:
     """As ``parameters_of``, of one op."""
-    found: dict[str, tuple[str, int, bool]] = {}
-    for name in op.uses():
-        base = graph.tensor(name).base or name
-        tensor = graph.tensor(base)
-        if tensor.role in HELD:
-            trains = tensor.role == "parameter" and tensor.needs_grad
-            found[base] = (base, tensor.nbytes(max(graph.batch, 1)), trains)
-    return tuple(found.values())
+    known = graph.known("parameters_of")
+    if op.name not in known:
+        rows: dict[str, tuple[str, int, bool]] = {}
+        for name in op.uses():
+            base = graph.tensor(name).base or name
+            tensor = graph.tensor(base)
+            if tensor.role in HELD:
+                trains = tensor.role == "parameter" and tensor.needs_grad
+                rows[base] = (base, tensor.nbytes(max(graph.batch, 1)), trains)
+        known[op.name] = tuple(rows.values())
+    found: tuple[tuple[str, int, bool], ...] = known[op.name]
+    return found
 
 
 def is_apart(graph: Graph, op: Op) -> bool:
     """Whether its weight gradient is a product of its own, straight into the gradient, where a step has several
     microbatches (``runtime.weight_grad``)."""
     position = PUT_OFF.get(short(op.target))
-    weight = op.args[position] if position is not None and position < len(op.args) else None
+    if position is None:
+        return False
+    weight = op.args[position] if position < len(op.args) else None
     if not isinstance(weight, Ref) or graph.tensor(weight.name).role != "parameter":
         return False
     taken = op.args[0]
@@ -182,7 +188,7 @@ def _weights(graph: Graph, index: Indices, apart: bool) -> tuple[Array, Array, A
         op = graph.ops[int(index[at])]
         inside = apart and is_apart(graph, op)  # added to the gradient as it is made
         table = inside and short(op.target) == "embedding"
-        for name, size, trains in parameters_of(graph, (int(index[at]),)):
+        for name, size, trains in parameters_of_op(graph, op):
             if not trains:
                 continue
             pieces = 0 if inside and not table else 1

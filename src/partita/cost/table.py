@@ -18,7 +18,7 @@ from partita.cost.blocks import Block, profile_units
 from partita.cost.kept import Kept, kept_by_maker, lives, tensor_bytes
 from partita.cost.measured import Measured
 from partita.cost.ops import op_cost, saved_tensors
-from partita.cost.surge import Rises, is_apart, parameters_of, rises
+from partita.cost.surge import Rises, is_apart, parameters_of, parameters_of_op, rises
 from partita.graph import Graph
 from partita.program import Partial, Program, Segment, Split
 
@@ -227,7 +227,7 @@ def products(graph: Graph, ops: Iterable[int]) -> frozenset[str]:
     outside: set[str] = set()
     for i in ops:
         found = inside if is_apart(graph, graph.ops[i]) else outside
-        found.update(name for name, _, trains in parameters_of(graph, (i,)) if trains)
+        found.update(name for name, _, trains in parameters_of_op(graph, graph.ops[i]) if trains)
     return frozenset(inside - outside)
 
 

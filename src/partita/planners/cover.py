@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from partita.planners.problem import Array
 
 EXACT_BLOCKS = 14
+Indices = NDArray[np.int64]
 
 
 def cover(seconds: Sequence[float], gains: Sequence[float], need: float) -> tuple[float, tuple[int, ...]] | None:
@@ -44,26 +46,36 @@ def cover(seconds: Sequence[float], gains: Sequence[float], need: float) -> tupl
     return sum(seconds[i] for i in chosen), tuple(sorted(chosen))
 
 
-def cover_spans(seconds: Array, gains: Array, need: Array, where: NDArray[np.bool_]) -> Array:
-    """For spans of a chain, extra seconds to gain ``need[a, b]`` from blocks a..b-1 (infinite where impossible).
-
-    An upper bound that ``cover`` meets or beats: blocks at least as worthwhile as a threshold, in order, for each of
-    a few thresholds.
+@dataclass(frozen=True, slots=True, eq=False)
+class Thresholds:
+    """Of blocks in a chain: bytes gained and seconds taken, added up from the start, by those at least as worthwhile as
+    each of a few thresholds.
     """
-    result = np.full(need.shape, np.inf)
-    rows, columns = np.nonzero(where)
-    useful = gains > 0
-    if not len(rows) or not useful.any():
-        return result
-    ratio = np.where(useful, seconds / np.where(useful, gains, 1.0), np.inf)
-    wanted = need[rows, columns]
-    best = np.full(len(rows), np.inf)
-    for level in np.unique(np.quantile(ratio[useful], (0.25, 0.5, 0.75, 1.0))):
-        mask = ratio <= level
-        gain = np.concatenate([[0.0], np.cumsum(np.where(mask, gains, 0.0))])
-        cost = np.concatenate([[0.0], np.cumsum(np.where(mask, seconds, 0.0))])
-        stop = np.searchsorted(gain, gain[rows] + wanted * (1 + 1e-12), side="left")
-        ok = stop <= columns
-        best[ok] = np.minimum(best[ok], cost[stop[ok]] - cost[rows[ok]])
-    result[rows, columns] = best
-    return result
+
+    gains: tuple[Array, ...]
+    seconds: tuple[Array, ...]
+
+    @staticmethod
+    def of(seconds: Array, gains: Array) -> Thresholds:
+        useful = gains > 0
+        if not useful.any():
+            return Thresholds((), ())
+        ratio = np.where(useful, seconds / np.where(useful, gains, 1.0), np.inf)
+        masks = [ratio <= level for level in np.unique(np.quantile(ratio[useful], (0.25, 0.5, 0.75, 1.0)))]
+        gained, taken = (
+            tuple(np.concatenate([[0.0], np.cumsum(np.where(mask, row, 0.0))]) for mask in masks)
+            for row in (gains, seconds)
+        )
+        return Thresholds(gained, taken)
+
+    def least(self, first: Indices, last: Indices, need: Array) -> Array:
+        """Seconds for each run of blocks from ``first`` to before ``last`` to gain ``need`` (infinite where it cannot).
+
+        An upper bound that ``cover`` meets or beats: for each threshold the blocks it lets pass, in order.
+        """
+        best = np.full(len(need), np.inf)
+        for gain, cost in zip(self.gains, self.seconds, strict=True):
+            stop = np.searchsorted(gain, gain[first] + need * (1 + 1e-12), side="left")
+            ok = stop <= last
+            best[ok] = np.minimum(best[ok], cost[stop[ok]] - cost[first[ok]])
+        return best

@@ -19,7 +19,8 @@ Bytes = TypeVar("Bytes", float, Array)
 
 
 def _at(rows: Array, blocks: Sequence[int], samples: int) -> float:
-    return float(sum(rows[b, 0] + rows[b, 1] * samples for b in blocks))
+    fixed, per_sample = rows[list(blocks)].sum(axis=0)
+    return float(fixed + per_sample * samples)
 
 
 def received_bytes(problem: Problem, blocks: Sequence[int], samples: int) -> float:

@@ -1,8 +1,12 @@
-"""Spans: what every possible stage needs, as matrices: entry [a, b] is the stage between ideal a and ideal b."""
+"""Spans: what every possible stage needs: entry k is the stage between ideal ``first[k]`` and ideal ``last[k]``.
+
+Spans stand in rows, by the ideal they begin at. Where the ideals are the prefixes of the block order, what a span takes
+from outside is a sum over two prefixes; else it is counted for each pair.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,38 +15,45 @@ from numpy.typing import NDArray
 from partita.planners.problem import Array, Problem, Times
 
 Bools = NDArray[np.bool_]
+Indices = NDArray[np.int64]
+Entry = tuple[int, int, float]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spans:
-    """``inside[a, b]``: a lies within b and they differ. ``before``: (ideals, blocks) membership."""
+    """``first``, ``last``: two ideals, one within the other. ``before``: (ideals, blocks) membership."""
 
     ideals: tuple[int, ...]
     before: Bools
-    inside: Bools
+    first: Indices
+    last: Indices
     allowed: tuple[Bools, ...]
     weight_bytes: Array
     trained_bytes: Array
     received_fixed: Array
     received_per_sample: Array
-    gets: Bools
 
     def total(self, values: Array) -> Array:
-        """Sum of a per-block value over each span (where ``inside``)."""
-        reach: Array = np.matmul(self.before, values)
-        result: Array = reach[None, :] - reach[:, None]
+        """Sum of a per-block value over each span."""
+        reach = self.reach(values)
+        result: Array = reach[self.last] - reach[self.first]
+        return result
+
+    def reach(self, values: Array) -> Array:
+        """Sum of a per-block value over each ideal."""
+        if self.is_chain:
+            return np.concatenate([[0.0], np.cumsum(values)])
+        result: Array = np.matmul(self.before, values)
         return result
 
     def largest(self, values: Array) -> Array:
         """Maximum of a per-block value over each span."""
-        n = len(self.ideals)
-        result = np.zeros((n, n))
         if self.is_chain:
-            for a in range(n - 1):
-                result[a, a + 1 :] = np.maximum.accumulate(values[a:])
-            return result
+            n = self.before.shape[1]
+            return np.concatenate([np.maximum.accumulate(values[a:]) for a in range(n)]) if n else np.zeros(0)
+        result = np.zeros(len(self.first))
         for b in range(self.before.shape[1]):
-            has = ~self.before[:, b][:, None] & self.before[:, b][None, :]
+            has = ~self.before[self.first, b] & self.before[self.last, b]
             np.maximum(result, np.where(has, values[b], 0.0), out=result)
         return result
 
@@ -55,90 +66,109 @@ class Spans:
 def spans(problem: Problem, ideals: Sequence[int]) -> Spans:
     """Everything about the spans that does not depend on microbatches, schedule or replicas."""
     n = problem.num_blocks
-    before = np.array([[bool(mask >> b & 1) for b in range(n)] for mask in ideals], dtype=np.bool_)
-    member = before.astype(np.float64)
     if len(ideals) == n + 1:
-        inside = np.triu(np.ones((n + 1, n + 1), dtype=np.bool_), 1)
+        before = np.tri(n + 1, n, -1, dtype=np.bool_)
+        first, last = np.triu_indices(n + 1, 1)
     else:
-        inside = np.array([[a != b and b & a == a for b in ideals] for a in ideals], dtype=np.bool_)
-
-    fixed, per_sample, gets = _received(problem, member, inside)
-    return Spans(
-        tuple(ideals), before, inside,
-        tuple(_allowed(problem, member, inside, pool) for pool in range(len(problem.pools))),
-        _union(member, inside, [(w.blocks, w.nbytes) for w in problem.weights]),
-        _union(member, inside, [(w.blocks, w.trained) for w in problem.weights]),
-        fixed, per_sample, gets,
-    )  # fmt: skip
+        before = np.array([[bool(mask >> b & 1) for b in range(n)] for mask in ideals], dtype=np.bool_)
+        first, last = np.nonzero([[a != b and b & a == a for b in ideals] for a in ideals])
+    none = np.zeros(len(first))
+    bare = Spans(tuple(ideals), before, first, last, (), none, none, none, none)
+    fixed, per_sample = _received(problem, bare)
+    allowed = tuple(_allowed(problem, bare, pool) for pool in range(len(problem.pools)))
+    found = replace(bare, allowed=allowed, received_fixed=fixed, received_per_sample=per_sample)
+    return with_weights(found, problem)
 
 
 def with_weights(s: Spans, problem: Problem) -> Spans:
     """The same spans with the weights of this problem."""
-    member = s.before.astype(np.float64)
     total, trained = (
-        _union(member, s.inside, [(w.blocks, value) for w, value in zip(problem.weights, values, strict=True)])
+        _union(s, [(w.blocks, value) for w, value in zip(problem.weights, values, strict=True)])
         for values in ([w.nbytes for w in problem.weights], [w.trained for w in problem.weights])
     )
     return replace(s, weight_bytes=total, trained_bytes=trained)
 
 
-def _union(member: Array, inside: Bools, items: Sequence[tuple[tuple[int, ...], float]]) -> Array:
+def _union(s: Spans, items: Sequence[tuple[tuple[int, ...], float]]) -> Array:
     """Sum over each span of the values of items that have a block in it."""
-    alone = np.zeros(member.shape[1])
     shared: dict[tuple[int, ...], float] = {}
     for blocks, value in items:
-        if len(set(blocks)) == 1:
-            alone[blocks[0]] += value
-        elif blocks:
+        if blocks:
             key = tuple(sorted(set(blocks)))
             shared[key] = shared.get(key, 0.0) + value
-    reach = member @ alone
-    result: Array = np.where(inside, reach[None, :] - reach[:, None], 0.0)
+    if s.is_chain:
+        return _touched(s, (entry for blocks, value in shared.items() for entry in _entries(-1, blocks, value)))
+    result = np.zeros(len(s.first))
     for blocks, value in shared.items():
-        count = member[:, list(blocks)].sum(axis=1)
-        result += value * (count[None, :] > count[:, None]) * inside
+        result += value * _has(s, blocks)
     return result
 
 
-def _received(problem: Problem, member: Array, inside: Bools) -> tuple[Array, Array, Bools]:
-    size = len(member)
-    fixed, per_sample = np.zeros((size, size)), np.zeros((size, size))
+def _received(problem: Problem, s: Spans) -> tuple[Array, Array]:
     merged: dict[tuple[int, tuple[int, ...]], tuple[float, float]] = {}
     for e in problem.edges:
         consumers = tuple(sorted(set(e.consumers) - {e.producer}))
         if consumers:
             f, p = merged.get((e.producer, consumers), (0.0, 0.0))
             merged[e.producer, consumers] = (f + e.fixed, p + e.per_sample)
-    single = [(p, c[0], v) for (p, c), v in merged.items() if len(c) == 1]
-    if single:
-        producers, consumers_ = [s[0] for s in single], [s[1] for s in single]
-        left = member[:, producers] * (1.0 - member[:, consumers_])
-        right = member[:, consumers_]
-        fixed += (left * np.array([s[2][0] for s in single])) @ right.T
-        per_sample += (left * np.array([s[2][1] for s in single])) @ right.T
+    if s.is_chain:
+        fixed, per_sample = (
+            _touched(s, (entry for (made, taken), v in merged.items() for entry in _entries(made, taken, v[part])))
+            for part in (0, 1)
+        )
+        return fixed, per_sample
+    fixed, per_sample = np.zeros(len(s.first)), np.zeros(len(s.first))
     for (producer, consumers), (f, p) in merged.items():
-        if len(consumers) > 1:
-            count = member[:, list(consumers)].sum(axis=1)
-            takes = member[:, producer][:, None] * (count[None, :] > count[:, None])
-            fixed += f * takes
-            per_sample += p * takes
-    gets = inside & ((fixed > 0) | (per_sample > 0))
-    return np.where(inside, fixed, 0.0), np.where(inside, per_sample, 0.0), gets
+        takes = s.before[s.first, producer] & _has(s, consumers)
+        fixed += f * takes
+        per_sample += p * takes
+    return fixed, per_sample
 
 
-def _allowed(problem: Problem, member: Array, inside: Bools, pool: int) -> Bools:
-    ok: Bools = inside.copy()
+def _has(s: Spans, blocks: Sequence[int]) -> Bools:
+    """Which spans have any of the blocks."""
+    count = s.before[:, list(blocks)].sum(axis=1)
+    result: Bools = count[s.last] > count[s.first]
+    return result
+
+
+def _entries(after: int, blocks: Sequence[int], value: float) -> Iterable[Entry]:
+    """For spans of a chain that begin behind block ``after`` and have any of the blocks: the first of them from there
+    on counts, as (least beginning, block, value)."""
+    for block in blocks:
+        if block > after:
+            yield after + 1, block, value
+            after = block
+
+
+def _touched(s: Spans, entries: Iterable[Entry]) -> Array:
+    """Sum over each span of a chain of the entries whose block it has and whose beginning is not behind its own."""
+    n = s.before.shape[1]
+    table = np.zeros((n, n))
+    rows, columns, values = [], [], []
+    for row, column, value in entries:
+        rows.append(row)
+        columns.append(column)
+        values.append(value)
+    np.add.at(table, (rows, columns), values)
+    reach = np.cumsum(np.triu(np.cumsum(table, axis=0)), axis=1)
+    result: Array = reach[s.first, s.last - 1]
+    return result
+
+
+def _allowed(problem: Problem, s: Spans, pool: int) -> Bools:
+    ok = np.ones(len(s.first), dtype=np.bool_)
     for group in problem.together:
         unique = sorted(set(group))
-        count = member[:, unique].sum(axis=1)
-        got = count[None, :] - count[:, None]
+        count = s.before[:, unique].sum(axis=1)
+        got = count[s.last] - count[s.first]
         ok &= (got == 0) | (got == len(unique))
     for b in problem.breaks:
-        early, late = member[:, :b].sum(axis=1), member[:, b:].sum(axis=1)
-        ok &= ~((early[None, :] > early[:, None]) & (late[None, :] > late[:, None]))
+        early, late = s.before[:, :b].sum(axis=1), s.before[:, b:].sum(axis=1)
+        ok &= ~((early[s.last] > early[s.first]) & (late[s.last] > late[s.first]))
     for block, pools in problem.pools_of:
         if pool not in pools:
-            ok &= member[:, block][None, :] == member[:, block][:, None]
+            ok &= s.before[s.last, block] == s.before[s.first, block]
     return ok
 
 
@@ -155,7 +185,8 @@ class PoolSpans:
 @dataclass(frozen=True, slots=True, eq=False)
 class Sized:
     """The spans' numbers at one number of microbatches. ``again_seconds``, ``again_bytes``: (pools, blocks) and
-    (blocks), what recomputing a block costs and saves; 0 bytes where it may not be.
+    (blocks), what recomputing a block costs and saves; 0 bytes where it may not be. ``blocks``: (pools, 4, blocks)
+    seconds of each block: forward, backward, weight, once a step. ``gains``: ``again_bytes`` of all blocks of a span.
     """
 
     pools: tuple[PoolSpans, ...]
@@ -169,10 +200,12 @@ class Sized:
     again_seconds: Array
     again_bytes: Array
     forced: Bools
+    blocks: Array
+    gains: Array
 
 
 def sized(problem: Problem, s: Spans, microbatches: int, *, synced: bool = False) -> Sized:
-    """The matrices for this number of microbatches."""
+    """The numbers for this number of microbatches."""
     times: Times = problem.times(microbatches, synced=synced)
     n = problem.samples(microbatches)
 
@@ -186,28 +219,23 @@ def sized(problem: Problem, s: Spans, microbatches: int, *, synced: bool = False
         must[list(problem.recompute)] = True
         may[list(problem.may_recompute)] = True
     saved, kept = at(times.saved), at(times.kept)
-    pools = []
-    for p in range(len(problem.pools)):
-        forward = at(times.forward[p])
-        again = np.where(must, forward, 0.0)
-        pools.append(
-            PoolSpans(
-                s.total(forward), s.total(at(times.backward[p]) + again), s.total(at(times.weight[p])),
-                s.total(times.whole[p]),
-            )
-        )  # fmt: skip
+    forward = at(times.forward)
+    blocks = np.stack([forward, at(times.backward) + np.where(must, forward, 0.0), at(times.weight), times.whole], 1)
     received = s.received_fixed + s.received_per_sample * n
     open_ = may & ~must
+    again_bytes = np.where(open_, np.maximum(saved - kept, 0.0), 0.0)
     return Sized(
-        tuple(pools),
+        tuple(PoolSpans(*(s.total(row) for row in rows)) for rows in blocks),
         s.total(np.where(must, kept, saved)),
         s.total(at(times.owed)),
         received,
-        np.where(s.gets & (received > 0), problem.latency + received * problem.seconds_per_byte, 0.0),
+        np.where(received > 0, problem.latency + received * problem.seconds_per_byte, 0.0),
         s.largest(at(times.transient)),
         s.largest(saved),
         s.total(times.whole_saved),
-        np.stack([np.where(open_, at(times.forward[p]), 0.0) for p in range(len(problem.pools))]),
-        np.where(open_, np.maximum(saved - kept, 0.0), 0.0),
+        np.where(open_, forward, 0.0),
+        again_bytes,
         s.total(must.astype(np.float64)) > 0,
-    )  # fmt: skip
+        blocks,
+        s.total(again_bytes),
+    )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from partita.cost.affine import Affine
 from partita.cost.blocks import Block
 from partita.cost.kept import tensor_bytes
-from partita.cost.surge import parameters_of
+from partita.cost.surge import parameters_of_op
 from partita.cost.table import CostTable, given_to, owed_tensors
 from partita.graph import Graph
 from partita.planners.parts import ranges
@@ -96,7 +96,7 @@ def activations(
                     fixed, per_sample = size(out)
                     if fixed + per_sample * batch > transient[b, 0] + transient[b, 1] * batch:
                         transient[b] = (fixed, per_sample)
-            largest = max(largest, sum(nbytes for _, nbytes, trains in parameters_of(graph, (i,)) if trains))
+            largest = max(largest, sum(nbytes for _, nbytes, trains in parameters_of_op(graph, graph.ops[i]) if trains))
         transient[b, 0] += largest
         for name in entering:
             kept[b] += size(name)
