@@ -27,7 +27,7 @@ from partita.planners.pricing import WORTH, Ranked, best_first, finished, price,
 from partita.planners.problem import Candidate, Infeasible, Optimal
 from partita.planners.remedies import loosened
 from partita.planners.searching import QUICK_OPS, Searched, Widened, beside, closed, search, variants, widen
-from partita.planners.task import Task
+from partita.planners.task import Task, Variant
 from partita.planners.words import reasons, why_not
 from partita.sharding.batch import BatchLayouts, layouts
 from partita.units import format_seconds
@@ -91,7 +91,7 @@ class Planner:
 
     task: Task
     alone: list[Built] = field(default_factory=list)
-    teams: list[Built] | None = None
+    teams: list[Variant] | None = None
 
     @property
     def cluster(self) -> Cluster:
@@ -154,7 +154,7 @@ class Planner:
         as_found = bool(ranked)
         ranked = ranked or [*filter(None, [self._attempt(self._alone())])]
         ranked, words = self._widened(found, ranked)
-        ranked = ranked or [*filter(None, [self._attempt(self._teams())])]
+        ranked = ranked or [*filter(None, [self._attempt([*self._teams()])])]
         if not ranked:
             raise self._why_not(found)
         if not as_found and found is not None and not isinstance(found.outcome, Infeasible):
@@ -256,14 +256,18 @@ class Planner:
 
     def feasible(self) -> bool:
         """Whether the closed form knows a plan that fits."""
-        return any(not isinstance(closed(self.task, built, 1.0)[1], Infeasible) for built in self._quick())
+        return self.task.may_fit and any(
+            not isinstance(closed(self.task, built, 1.0)[1], Infeasible) for built in self._quick()
+        )
 
     def attempt(self) -> Ranked | None:
         """A plan as simulated, or None; for a large graph the best one of whole modules.
 
         Where simulation finds more memory than the closed form, plans for as much less are looked for.
         """
-        return self._attempt(self._alone()) or self._attempt(self._teams())
+        if not self.task.may_fit:
+            return None
+        return self._attempt(self._alone()) or self._attempt([*self._teams()])
 
     def _attempt(self, parts: list[Built]) -> Ranked | None:
         room, fits_in = 1.0, 0.0
@@ -296,8 +300,10 @@ class Planner:
             self.alone += [*fine, self.task.coarse()]
         return self.alone
 
-    def _teams(self) -> list[Built]:
-        """Then: teams and ZeRO."""
+    def _teams(self) -> Iterator[Built]:
+        """Then: teams and ZeRO, those that fit when all is perfectly shared."""
         if self.teams is None:
-            self.teams = [found.exact() for found in variants(self.task)] if self.can_widen else []
-        return self.teams
+            self.teams = [*variants(self.task)] if self.can_widen else []
+        for variant in self.teams:
+            if not isinstance(closed(self.task, variant.relaxed, 1.0)[1], Infeasible):
+                yield variant.exact()

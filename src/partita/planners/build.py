@@ -9,14 +9,16 @@ import numpy as np
 
 from partita.apart import largest_unit
 from partita.cluster import Cluster, Device
+from partita.cost.affine import Affine
 from partita.cost.blocks import Block
 from partita.cost.memory import optimizer_factor, shares_memory
 from partita.cost.table import CostTable
 from partita.graph import Graph
 from partita.planners.constraints import Constraints, Resolved
 from partita.planners.parts import repeatable, units
-from partita.planners.problem import Pool, Problem, Times
+from partita.planners.problem import Array, Edge, Pool, Problem, Times, Weights
 from partita.planners.sums import (
+    Bools,
     Indices,
     Layouts,
     activations,
@@ -47,6 +49,50 @@ class Built:
     teams: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Counted:
+    """What blocks of a graph are, whatever the devices and the batch: bytes as (blocks, 2), fixed and per sample.
+
+    ``split``: saved by what runs on cut batches; ``once``: by what runs on the joined one. ``handed``, ``rows``: as
+    ``sums.given`` has them.
+    """
+
+    owner: Indices
+    whole: Bools
+    before: Bools
+    units: tuple[tuple[str, ...], ...]
+    late: Array
+    saved: Array
+    kept: Array
+    transient: Array
+    split: Array
+    once: Array
+    handed: dict[str, tuple[Affine, set[int]]]
+    rows: Array
+    may: tuple[int, ...]
+    edges: tuple[Edge, ...]
+    weights: tuple[Weights, ...]
+
+
+def count(graph: Graph, layouts: Layouts, table: CostTable, parts: Sequence[Block]) -> Counted:
+    """Of these blocks."""
+    owner, n = owners(parts), len(parts)
+    whole, before = phases(graph, layouts)
+    names_of = units(graph, parts)
+    saved, kept, transient = activations(graph, table, parts, owner, names_of)
+    split, once, split_op = np.zeros((n, 2)), np.zeros((n, 2)), ~whole & ~before
+    np.add.at(split, owner[split_op], table.saved[split_op])
+    np.add.at(once, owner[whole], table.saved[whole])
+    handed, rows = given(table, parts)
+    may = tuple(
+        b for b in range(n) if names_of[b] and repeatable(graph, parts[b], before) and not whole[parts[b].start]
+    )
+    return Counted(
+        owner, whole, before, names_of, owed(graph, owner, n), saved, kept, transient, split, once, handed, rows, may,
+        edges(graph, owner, before), weights(graph, users_of(graph, owner)),
+    )  # fmt: skip
+
+
 def build(
     graph: Graph,
     layouts: Layouts,
@@ -61,37 +107,27 @@ def build(
     resolved: Resolved,
     sync: bool = False,
     processes: bool = False,
+    counted: Counted | None = None,
 ) -> Built:
     """Sums over blocks of what ``table`` says of ops. ``processes``: devices are processes of their own and share no
-    parameters.
+    parameters. ``counted``: what ``count`` says of these parts, where it is known.
     """
-    owner, n = owners(parts), len(parts)
-    whole_op, once_op = phases(graph, layouts)
+    c = counted or count(graph, layouts, table, parts)
+    owner, n, late = c.owner, len(parts), c.late
     can_split = layouts.microbatchable and batch > 1
     pools = _pools(cluster, resolved, processes)
     rows_shared = all(shares_memory(pool.devices[0]) for pool in pools)
     kinds = [cluster.device(pool.devices[0]).kind for pool in pools]
-    names_of = units(graph, parts)
-    late = owed(graph, owner, n)
-    saved, kept, transient = activations(graph, table, parts, owner, names_of)
-    split_op = ~whole_op & ~once_op
-    one, many, whole = block_seconds(table, kinds, owner, whole_op, once_op, batch=batch, train=train)
-    held = np.zeros((n, 2))
-    np.add.at(held, owner[split_op], table.saved[split_op])
-    handed, rows_of = given(table, parts)
-    if not rows_shared:
-        saved, held = saved + rows_of, held + rows_of
-    whole_saved = np.zeros(n)
-    np.add.at(whole_saved, owner[whole_op], table.saved[whole_op, 0] + table.saved[whole_op, 1] * batch)
+    one, many, whole = block_seconds(table, kinds, owner, c.whole, c.before, batch=batch, train=train)
+    rows = 0.0 if rows_shared else c.rows
+    saved, held, kept, transient = c.saved + rows, c.split + rows, c.kept, c.transient
+    whole_saved = c.once[:, 0] + c.once[:, 1] * batch
     single = Times(
         one[0], one[1], one[2], np.zeros_like(whole), saved, np.minimum(kept, saved), transient, np.zeros(n), late
     )
     split = Times(many[0], many[1], many[2], whole, held, np.minimum(kept, held), transient, whole_saved, late)
     names = {name for name, _ in resolved.recompute}
     forced = sorted({int(owner[i]) for _, ops in resolved.recompute for i in ops})
-    may = tuple(
-        b for b in range(n) if names_of[b] and repeatable(graph, parts[b], once_op) and not whole_op[parts[b].start]
-    )
     starts = {block.start: b for b, block in enumerate(parts)}
     link = _worst_link(cluster)
     bandwidth = min((d.memory_bandwidth for d in cluster.devices), default=1e10)
@@ -101,17 +137,17 @@ def build(
         pools=pools,
         single=single,
         split=split,
-        edges=edges(graph, owner, once_op),
+        edges=c.edges,
         weights=(
-            *weights(graph, users_of(graph, owner)),
-            *(given_weights(handed, batch) if any(shares_memory(pool.devices[0]) for pool in pools) else ()),
+            *c.weights,
+            *(given_weights(c.handed, batch) if any(shares_memory(pool.devices[0]) for pool in pools) else ()),
         ),
         microbatches=counts,
         schedules=schedules,
         optimizer_factor=float(optimizer_factor(optimizer)) if train else 0.0,
         train=train,
         replicas=can_split and constraints.num_replicas != 1,
-        joined=bool(whole_op.any()) and can_split,
+        joined=bool(c.whole.any()) and can_split,
         sync=sync,
         latency=link[1],
         seconds_per_byte=link[0],
@@ -120,14 +156,14 @@ def build(
         breaks=tuple(starts[i] for _, i in resolved.starts if i in starts),
         pools_of=_places(pools, owner, resolved),
         recompute=tuple(forced) if names else (),
-        may_recompute=may if train else (),
+        may_recompute=c.may if train else (),
         max_stages=constraints.max_stages,
         num_stages=constraints.stages,
         num_replicas=constraints.num_replicas,
         zero=max(constraints.zero, 0),
         gathered=2.0 * largest_unit(graph),
     )
-    return Built(problem, tuple(parts), names_of)
+    return Built(problem, tuple(parts), c.units)
 
 
 def regrouped(

@@ -5,18 +5,18 @@ Requests that differ in one thing share what does not depend on it: ``again`` is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from partita.cluster import Cluster
 from partita.cost.blocks import Block, blocks, legal_cuts
 from partita.cost.communication import Channel, ring
-from partita.cost.memory import shares_memory
+from partita.cost.memory import optimizer_factor, shares_memory
 from partita.cost.table import CostTable
 from partita.errors import PlanError
 from partita.graph import Graph
-from partita.planners.build import Built, build, regrouped
+from partita.planners.build import HEADROOM, Built, Counted, build, count, regrouped
 from partita.planners.constraints import Constraints, Resolved, resolve
 from partita.planners.divided import Divider
 from partita.planners.problem import Problem
@@ -60,8 +60,8 @@ def _levelled(built: Built, level: int) -> Built:
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
     """``synced``: the layouts where replicas take batch statistics together. ``processes``: one a device, which share
-    no parameters. ``parts``, ``dividers``: what was worked out before, for all tasks that came from one; ``made``: for
-    this one.
+    no parameters. ``parts``, ``counts``, ``dividers``: what was worked out before, for all tasks that came from one;
+    ``made``: for this one.
     """
 
     graph: Graph
@@ -77,6 +77,7 @@ class Task:
     train: bool
     processes: bool
     parts: dict[tuple[int, ...], tuple[Block, ...]] = field(default_factory=dict)
+    counts: dict[tuple[Block, ...], Counted] = field(default_factory=dict)
     dividers: dict[tuple[object, ...], Divider] = field(default_factory=dict)
     made: dict[int, Built] = field(default_factory=dict)
 
@@ -137,10 +138,13 @@ class Task:
     def build(self, *, coarse: int = 0) -> Built:
         """The problem of single devices, in the finest parts there are or in ``coarse`` parts that are modules."""
         if coarse not in self.made:
+            parts = self._parts(coarse)
+            if parts not in self.counts:
+                self.counts[parts] = count(self.graph, self.layouts, self.table, parts)
             self.made[coarse] = build(
-                self.graph, self.layouts, self.cluster, self.table, self._parts(coarse), batch=self.batch,
+                self.graph, self.layouts, self.cluster, self.table, parts, batch=self.batch,
                 optimizer=self.optimizer, train=self.train, constraints=self.constraints, resolved=self.resolved,
-                sync=self.sync, processes=self.processes,
+                sync=self.sync, processes=self.processes, counted=self.counts[parts],
             )  # fmt: skip
         return self.made[coarse]
 
@@ -207,7 +211,7 @@ class Task:
             )  # fmt: skip
         return self.dividers[key]
 
-    def _parts(self, coarse: int) -> Sequence[Block]:
+    def _parts(self, coarse: int) -> tuple[Block, ...]:
         resolved = self.resolved
         also = [start for _, start in resolved.starts]
         also += [i for _, ops in (*resolved.together, *resolved.recompute) for i in (min(ops), max(ops) + 1)]
@@ -219,7 +223,18 @@ class Task:
             self.parts[key] = tuple(blocks(self.graph, also=also, **how))
         return self.parts[key]
 
-    # -- seconds ---------------------------------------------------------------------------------------------------
+    # -- bytes and seconds -----------------------------------------------------------------------------------------
+
+    @property
+    def may_fit(self) -> bool:
+        """Whether the devices together hold every parameter, gradient and optimizer state once."""
+        limit = HEADROOM * sum(d.memory_bytes for d in self.cluster.devices)
+        factor = 1 + optimizer_factor(self.optimizer) if self.train else 0
+        least = 0.0
+        for tensor in self.graph.of_role("parameter"):
+            if tensor.name in self.table.users:
+                least += tensor.nbytes(1) * (1 + (factor if tensor.needs_grad else 0))
+        return least <= limit
 
     def seconds_of(self, kind: str) -> tuple[float, float]:
         """Of all ops on one device of the kind: fixed, and for each sample."""

@@ -28,24 +28,23 @@ def balanced(
     groups = degrees.groups
     flights = loads.flights(degrees, m)
     floors = [marks.floor_on(g.pool) for g in groups] if marks.places else [marks.floor] * len(groups)
-    known: dict[tuple[int, int], Array] = {}
+    light = [loads.busy(degrees, row) @ row.counts for row in rows]
 
-    def times(stage: int, stop: int) -> Array:
-        """Busy seconds a microbatch, shared by the replicas, of a stage [i, stop) for every i < stop."""
-        key = (0 if v > 1 else stage, stop)
-        if key not in known:
-            g = degrees.group_of(key[0])
-            row = rows[g]
-            counts = row.counts[:, stop : stop + 1] - row.counts[:, :stop]
-            fixed = row.fixed[:, stop : stop + 1] - row.fixed[:, :stop]
-            if v > 1:
-                busy = loads.busy(degrees, row) @ counts
-            else:
-                busy = loads.load(degrees, stage, row, counts, fixed, flights[stage]).busy
-            floor = floors[g][stop]
-            busy = np.where(marks.cuts[:stop] & (np.arange(stop) >= floor), busy, np.inf)
-            known[key] = busy / groups[g].replicas
-        return known[key]
+    def times(stage: int, least: int, stop: int, most: float) -> tuple[int, Array]:
+        """Busy seconds a microbatch, shared by the replicas, of a stage [i, stop) for every i from the one that is
+        returned, the first from ``least`` on that can be no longer than ``most``: with a thousand layers that are few.
+        """
+        g = degrees.group_of(0 if v > 1 else stage)
+        row, replicas = rows[g], groups[g].replicas
+        longest = most * replicas * (1.0 + 1e-9)
+        first = max(least, floors[g][stop], int(np.searchsorted(light[g], light[g][stop] - longest)))
+        if v > 1:
+            busy = light[g][stop] - light[g][first:stop]
+        else:
+            counts = row.counts[:, stop : stop + 1] - row.counts[:, first:stop]
+            fixed = row.fixed[:, stop : stop + 1] - row.fixed[:, first:stop]
+            busy = loads.load(degrees, stage, row, counts, fixed, flights[stage]).busy
+        return first, np.where(marks.cuts[first:stop], busy, np.inf) / replicas
 
     work = [loads.least(degrees, g, row) for g, row in zip(groups, rows, strict=True)]
     low = 1.0 / sum(g.stages * g.replicas / w for g, w in zip(groups, work, strict=True)) / v
@@ -58,7 +57,11 @@ def balanced(
 
 
 def _cover(
-    times: Callable[[int, int], Array], starts: NDArray[np.int64], stages: int, total: int, most: float
+    times: Callable[[int, int, int, float], tuple[int, Array]],
+    starts: NDArray[np.int64],
+    stages: int,
+    total: int,
+    most: float,
 ) -> tuple[list[int], float] | None:
     """Ends of stages no longer than ``most``, filled from the last to the first; the longest of them."""
     stops, stop, longest = [], total, 0.0
@@ -66,14 +69,16 @@ def _cover(
         least = int(starts[stage])  # as many stages must still find a place to begin before this one
         if stop <= least:
             return None
-        here = times(stage, stop)[least:]
+        begin, here = times(stage, least, stop, most)
         ok = (here <= most) & np.isfinite(here)
+        if not ok.any():
+            return None
         first = int(ok.argmax())
-        if not ok[first] or (stage == 0 and first > 0):
+        if stage == 0 and begin + first > least:
             return None
         longest = max(longest, float(here[first]))
         stops.append(stop)
-        stop = first + least
+        stop = begin + first
     return stops[::-1], longest
 
 
