@@ -73,7 +73,7 @@ def product_of(ranks: int) -> Iterator[Case]:
                 dp = ranks // pp // tp
                 for each in (1, 2) if pp == 1 else (2,):
                     case = Case(model, pp, dp, schedule, each * dp, zero, tp)
-                    if case.stages <= len(FAMILIES[model].parts):
+                    if case.stages <= len(FAMILIES[model].parts) and case.microbatches <= case.rows:
                         yield case
 
 

@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ from partita.lower import lower
 from partita.plan import Plan
 from partita.runtime.distributed import join_world
 from partita.runtime.distributed.boxes import boxes
+from partita.runtime.loss import WithLoss
 from partita.sharding.batch import BatchLayouts, layouts
 from tests.distributed.cases import Case, beginning, outcome, plan_of, product_of, reference, run
-from tests.distributed.models import FAMILIES
+from tests.distributed.models import FAMILIES, loss_of
 from tests.distributed.spawn import free_port
 
 SIZES = (2, 3, 4, 6, 8)
@@ -64,15 +66,21 @@ def apart(cases: Sequence[Case], graphs: dict[str, Captured]) -> tuple[list[Case
     """The cases that differ from every earlier one, and how many others are equal to one, by the reason."""
     seen: dict[object, Case] = {}
     kept, equal = [], Counter[str]()
+    made: dict[Case, tuple[int, bool]] = {}
+    programs: dict[object, int] = {}
     for case in cases:
-        graph = graphs[case.model].graph
-        plan = plan_of(case)
-        found = layouts(graph, batch_norm=plan.batch_norm)
-        division = divided(graph, found, plan, batch=graph.batch)
-        program = lower(graph, found, plan, batch=graph.batch, division=division)
-        held = boxes(program, [t.name for t in graph.of_role("parameter")], case.ranks, division)
-        shared = any(len(ranks) > 1 for box in held.values() for ranks in box.sets)
-        key = case.model, program, case.tp, case.zero if shared else 0
+        alike = replace(case, zero=0)
+        if alike not in made:
+            graph = graphs[case.model].graph
+            plan = plan_of(alike)
+            found = laid_out(graph, batch_norm=plan.batch_norm)
+            division = divided(graph, found, plan, batch=graph.batch)
+            program = lower(graph, found, plan, batch=graph.batch, division=division)
+            held = boxes(program, [t.name for t in graph.of_role("parameter")], case.ranks, division)
+            shared = any(len(ranks) > 1 for box in held.values() for ranks in box.sets)
+            made[alike] = programs.setdefault((case.model, case.tp, program), len(programs)), shared
+        number, shared = made[alike]
+        key = number, case.zero if shared else 0
         if key not in seen:
             seen[key] = case
             kept.append(case)
@@ -85,7 +93,8 @@ def apart(cases: Sequence[Case], graphs: dict[str, Captured]) -> tuple[list[Case
 
 def widest_first(cases: Sequence[Case], seed: int) -> list[Case]:
     """In an order drawn by ``seed``, but those first that show most of what none before shows: of each family, every
-    kind of division under every schedule, ZeRO level and degree. What there is time for is then a wide sample."""
+    kind of division under every schedule, ZeRO level and degree. What there is time for is then a wide sample, and
+    after those first a fair one: each family, division, schedule and level is spread over the rest."""
     left, seen, found = list(cases), set[object](), list[Case]()
     random.Random(seed).shuffle(left)
     while left:
@@ -95,7 +104,22 @@ def widest_first(cases: Sequence[Case], seed: int) -> list[Case]:
         seen |= shows(best)
         found.append(best)
         left.remove(best)
-    return found + left
+    return found + evenly(left)
+
+
+def evenly(cases: Sequence[Case]) -> list[Case]:
+    """Families, divisions, schedules and ZeRO levels each spread over the whole list; in each in the order given."""
+    groups: dict[object, list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.model, case.pp, case.dp, case.tp), []).append(case)
+    placed = []
+    for number, group in enumerate(groups.values()):
+        kinds = Counter[object]()
+        turn = {c: (kinds.update([(c.schedule, c.zero)]), kinds[c.schedule, c.zero])[1] for c in group}
+        phase = (number * 0.6180339887) % 1.0
+        for i, case in enumerate(sorted(group, key=turn.__getitem__)):
+            placed.append(((i + phase) / len(group), case))
+    return [case for _, case in sorted(placed, key=lambda p: p[0])]
 
 
 def shows(case: Case) -> set[object]:
@@ -124,6 +148,27 @@ def remembered(model: torch.nn.Module, args: Any = (), kwargs: Any = None, **opt
     return _captures[key]
 
 
+def captured(family: str) -> Captured:
+    """The model as called; the two other kinds of call that a case makes are captured as well, for all ranks."""
+    _current[0] = family
+    model, inputs, target = beginning(FAMILIES[family], Case(family, 1, 1).rows)
+    with torch.no_grad():
+        remembered(model, inputs, {})
+    remembered(model, (*inputs, target), {}, forward=WithLoss(model, loss_of))
+    return remembered(model, inputs, {})
+
+
+_layouts: dict[object, BatchLayouts] = {}
+
+
+def laid_out(graph: Graph, **options: Any) -> BatchLayouts:
+    """``layouts``, once for each model."""
+    key = id(graph), *options.values()
+    if key not in _layouts:
+        _layouts[key] = layouts(graph, **options)
+    return _layouts[key]
+
+
 _divisions: dict[object, Division | None] = {}
 
 
@@ -141,6 +186,7 @@ def remember() -> None:
     partita.runtime.bind.capture = remembered  # type: ignore[attr-defined]
     for module in (partita.runtime.distributed.module, partita.runtime.local):
         module.divide = divided  # type: ignore[attr-defined]
+    partita.runtime.distributed.module.layouts = laid_out  # type: ignore[attr-defined]
 
 
 def serve(cases: Sequence[Case], references: Path, results: Path, until: float, stamp: str) -> None:
@@ -209,7 +255,7 @@ def together(size: int, work: Callable[[], None], results: Path, folder: Path) -
                        "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "PARTITA_STALL": "90"}  # fmt: skip
         children[forked(work, folder / f"{rank}.err", environment)] = rank
     codes: dict[int, int] = {}
-    written, since = -1, time.monotonic()
+    written, silent = -1, 0.0
     while len(codes) < size:
         for child in set(children) - set(codes):
             done, status = os.waitpid(child, os.WNOHANG)
@@ -217,8 +263,9 @@ def together(size: int, work: Callable[[], None], results: Path, folder: Path) -
                 codes[child] = os.waitstatus_to_exitcode(status)
         now = results.stat().st_size if results.exists() else 0
         if now != written:
-            written, since = now, time.monotonic()
-        if time.monotonic() - since > SILENCE_SECONDS:
+            written, silent = now, 0.0
+        silent += 0.1  # counted, not read from a clock: all of them may be suspended for minutes
+        if silent > SILENCE_SECONDS:
             for child in set(children) - set(codes):
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.1)
@@ -266,11 +313,7 @@ def main(words: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     models = given.models.split(",")
     remember()
-    graphs = {}
-    for model in models:
-        _current[0] = model
-        made, inputs, _ = beginning(FAMILIES[model], Case(model, 1, 1).rows)
-        graphs[model] = remembered(made, inputs, {})
+    graphs = {model: captured(model) for model in models}
     wanted: dict[int, list[Case]] = {}
     equal: Counter[str] = Counter()
     for size in map(int, given.ranks.split(",")):

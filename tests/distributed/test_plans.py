@@ -24,7 +24,7 @@ THREE = (Case("cnn", 1, 3, "1f1b", 3), Case("gpt", 3, 1, "1f1b", 4), Case("vit",
 FOUR = (
     Case("t5", 2, 2, "gpipe", 4), Case("llama", 2, 2, "interleaved", 4, zero=3), Case("cnn", 2, 2, "1f1b", 4),
     Case("cnn", 2, 1, "zero_bubble", 4, tp=2), Case("moe", 1, 2, "1f1b", 2, zero=3, tp=2),
-    Case("tied", 2, 2, "1f1b", 4, zero=3),
+    Case("tied", 2, 2, "1f1b", 4, zero=3), Case("tied", 1, 2, "interleaved", 4, zero=3, tp=2),
 )  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def asking(
                     gatherer.need(unit)
             return function(*args, **kwargs)
 
-        for name in ("returns_sequence", "_schema"):
+        for name in ("returns_sequence", "_schema", "in_group"):
             if hasattr(function, name):
                 setattr(run, name, getattr(function, name))
         return run
