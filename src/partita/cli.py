@@ -179,6 +179,8 @@ def measure(devices: Devices = "", output: Out = None, as_json: Json = False) ->
             print(
                 f"{link.source} - {link.target}: {format_bytes(link.bandwidth)}/s after "
                 f"{format_seconds(link.latency_seconds)}"
+                + f", and {format_seconds(link.overhead_seconds)} of software a message"
+                * bool(link.overhead_seconds)
             )
         if output is not None:
             print(f"written to {output}")
@@ -335,6 +337,13 @@ def _row(difference: Any) -> dict[str, Any]:
     return {name: getattr(difference, name) for name in ("kind", "name", "absolute", "relative", "equal")}
 
 
+def _tell_other_ranks(error: PartitaError) -> None:
+    """What this rank alone may have met, where there are others: they wait for it, and say it as they end."""
+    world = sys.modules.get("partita.runtime.distributed.world")
+    if world is not None:
+        world.failed(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code. An expected error is one message on stderr, never a traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -344,7 +353,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--json" in words:
             problems = list(getattr(error, "problems", ()))
             print(json.dumps({"error": {"kind": type(error).__name__, "message": str(error), "problems": problems}}))
-        if not getattr(error, "said_elsewhere", False):  # by rank 0
+        if not getattr(error, "said_elsewhere", False):  # by another rank
+            _tell_other_ranks(error)
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except SystemExit as stop:

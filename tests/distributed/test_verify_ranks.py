@@ -37,6 +37,16 @@ def test_the_command_line_speaks_once_and_its_code_is_every_ranks(tmp_path: Path
     assert said == ["error: DIFFERENT: 1 of 1 outputs, 5 gradients"]
 
 
+def test_what_one_rank_alone_refuses_is_the_cause_that_the_others_name(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    plans(5)["stages"].save(path)
+    ended = cli("make_uncopied", path)
+    assert all(e.code for e in ended)
+    assert ended[1].err.splitlines()[-1] == "error: the licence allows one copy"
+    (said,) = (line for line in ended[0].err.splitlines() if "rank 1 (" in line)
+    assert said.endswith("failed: UsageError: the licence allows one copy")
+
+
 @pytest.mark.distributed_full
 def test_the_command_line_says_equal_once_also_as_json(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import partita
+from partita.errors import UsageError
 from partita.plan import Batch, Plan, Stage
 
 
@@ -42,6 +43,24 @@ def make(*more: nn.Module) -> tuple[nn.Module, tuple[torch.Tensor]]:
 
 def make_wrong() -> tuple[nn.Module, tuple[torch.Tensor]]:
     return make(Shifted())
+
+
+class Uncopied(nn.Linear):
+    """Rank 1 alone cannot copy it a second time."""
+
+    copies = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Uncopied:
+        Uncopied.copies += 1
+        if Uncopied.copies == 2 and os.environ.get("RANK") == "1":
+            raise UsageError("the licence allows one copy")
+        made = Uncopied(self.in_features, self.out_features)
+        made.load_state_dict(self.state_dict())
+        return made
+
+
+def make_uncopied() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    return make(Uncopied(3, 3))
 
 
 def plans(parts: int) -> dict[str, Plan]:

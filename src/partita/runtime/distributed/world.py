@@ -188,6 +188,12 @@ def join_world() -> World:
     return world
 
 
+def failed(error: BaseException) -> None:
+    """Tell the other ranks, where this is one of several, that it ends with this error, which somebody caught."""
+    for world in _joined:
+        world.watch.failed(error)
+
+
 def _close(world: World) -> None:
     """The process group that was made here ends with the process, and the watch before it."""
     world.watch.leave()
