@@ -57,7 +57,7 @@ def test_a_shaped_link_is_measured_within_a_tenth() -> None:
     reason = why_not()
     if reason:
         pytest.skip(reason)
-    bits, latency = 2e8, 4e-3
+    bits, latency = 2e8, 1e-3
     with link(bits, latency) as hosts:
         ranks = [
             subprocess.Popen(

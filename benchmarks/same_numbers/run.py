@@ -1,10 +1,11 @@
 """Every model of the zoo divided and compared with itself undivided, on fresh inputs: one line a model.
 
-``python -m benchmarks.same_numbers [--tensor T [--stages S]] [NAME ...]`` needs the zoo (``../shared/zoo`` or
+``python -m benchmarks.same_numbers [--tensor T [--stages S] [--ranks]] [NAME ...]`` needs the zoo (``../shared/zoo`` or
 PARTITA_ZOO) and its packages.
 Cases: two and three parts, one and four microbatches, at the example batch and at five samples (which do not divide),
 dropout on and off; with ``--tensor`` the planner's plan under ``constraints={"tensor": T, "stages": S}`` for each S
-given. Prints how each model was captured and the largest relative difference; exits 1 when one differs.
+given, in one process or (``--ranks``) over as many as there are devices. Prints how each model was captured and the
+largest relative difference; exits 1 when one differs.
 """
 
 from __future__ import annotations
@@ -135,13 +136,49 @@ def to_rounding(found: Comparison) -> Comparison:
     return replace(found, differences=tuple(near))
 
 
-def in_double(model: nn.Module, args: Any, kwargs: Any, fresh: Any, case: Case) -> Comparison:
-    """The same comparison in float64, a thousand times as strict. Batch norms over a handful of values magnify
+@dataclass(frozen=True)
+class Subject:
+    """A model, captured at its example call, and fresh inputs. ``joins``: whether inputs can be joined to a batch that
+    does not divide."""
+
+    name: str
+    model: nn.Module
+    call: tuple[Any, Any]
+    calls: list[Any]
+    captured: Captured
+
+    @property
+    def joins(self) -> bool:
+        return self.name not in FIXED_BATCH and bool(self.captured.graph.batch)
+
+    def inputs(self, case: Case) -> Any:
+        """(args, kwargs) of a case."""
+        return joined(self.calls, self.captured.graph.batch) if case.uneven else self.calls[0]
+
+
+def subject_of(name: str, build: Any) -> Subject:
+    torch.manual_seed(0)
+    model, args, kwargs = build()
+    calls = []
+    for seed in (1, 2, 3):
+        torch.manual_seed(seed)
+        calls.append(build()[1:])
+    model.train()
+    return Subject(name, model, (args, kwargs), calls, capture(model, args, kwargs))
+
+
+def widened(subject: Subject, fresh: Any) -> tuple[nn.Module, Any, Any, Any]:
+    """The model in float64, its example call, and those inputs. Batch norms over a handful of values magnify
     float32's rounding until activations change sign, and gradients with them; what is wrong is wrong here too."""
-    wide = copy.deepcopy(model).double()
     args, kwargs, fresh = pytree.tree_map(
-        lambda t: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t, (args, kwargs, fresh)
+        lambda t: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t, (*subject.call, fresh)
     )
+    return copy.deepcopy(subject.model).double(), args, kwargs, fresh
+
+
+def in_double(subject: Subject, fresh: Any, case: Case) -> Comparison:
+    """The same comparison in float64, a thousand times as strict."""
+    wide, args, kwargs, fresh = widened(subject, fresh)
     plan, _ = planned(capture(wide, args, kwargs).graph, case)
     divided = ParallelModule(wide, plan, CLUSTER)
     try:
@@ -154,20 +191,14 @@ def comparisons(
     name: str, build: Any, cases: tuple[Case, ...] = CASES
 ) -> Iterator[tuple[Case, Captured, Comparison, str]]:
     """Each case of one model, compared; and in words what was not as asked for."""
-    torch.manual_seed(0)
-    model, args, kwargs = build()
-    calls = []
-    for seed in (1, 2, 3):
-        torch.manual_seed(seed)
-        calls.append(build()[1:])
-    model.train()
-    captured = capture(model, args, kwargs)
+    subject = subject_of(name, build)
+    model, captured = subject.model, subject.captured
     for case in cases:
         if not case.dropout:
             without_dropout(model)
-        if case.uneven and (name in FIXED_BATCH or not captured.graph.batch):
+        if case.uneven and not subject.joins:
             continue
-        fresh = joined(calls, captured.graph.batch) if case.uneven else calls[0]
+        fresh = subject.inputs(case)
         remark = ""
         if captured.live:
             remark = "run live"
@@ -181,7 +212,7 @@ def comparisons(
             found = compare(expected, actual)
             if case.tensor > 1:
                 found = to_rounding(found)
-                if not found.ok and in_double(model, args, kwargs, fresh, case).ok:
+                if not found.ok and in_double(subject, fresh, case).ok:
                     found, remark = replace(found, differences=()), "equal in float64 only"
             yield case, captured, found, remark
         finally:
@@ -207,6 +238,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--tensor", type=int, default=1, help="devices that divide every op among them")
     parser.add_argument("--stages", default="1,2", help="numbers of stages, with --tensor")
+    parser.add_argument("--ranks", action="store_true", help="with --tensor: a process a device, over Gloo")
     given = parser.parse_args()
     stages = map(int, given.stages.split(","))
     chosen = CASES if given.tensor == 1 else tuple(c for s in stages for c in tensor_cases(given.tensor, s))
@@ -217,7 +249,13 @@ def main() -> None:
     for name in names:
         worst, bad, words, cases, remarks = 0.0, [], "", 0, dict[str, None]()
         try:
-            for case, captured, found, remark in comparisons(name, zoo[name].build, chosen):
+            if given.ranks:
+                from benchmarks.same_numbers import ranks
+
+                made = ranks.comparisons(subject_of(name, zoo[name].build), chosen)
+            else:
+                made = comparisons(name, zoo[name].build, chosen)
+            for case, captured, found, remark in made:
                 every["cases"] += 1
                 every[remark.split(":")[0]] += bool(remark)
                 every["equal"] += found.ok

@@ -74,6 +74,40 @@ def ranks(hosts: Hosts, arguments: Sequence[str], timeout: float) -> list[dict[s
     return found
 
 
+def measured(hosts: Hosts) -> dict[str, float]:
+    """The link as ``partita measure`` finds it."""
+    command = [sys.executable, "-m", "partita.cli", "measure", "--json"]
+    asked = [
+        subprocess.Popen(
+            hosts.inside(h, command), cwd=ROOT, env=hosts.rank(h), text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, preexec_fn=die_with_parent,
+        )
+        for h in (0, 1)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=300) for rank in asked]
+    if any(rank.returncode for rank in asked):
+        raise SystemExit("\n".join(errors[-2000:] for _, errors in said))
+    (found,) = json.loads(said[0][0])["links"]
+    return found  # type: ignore[no-any-return]
+
+
+def links(shapes: Sequence[tuple[float, float]]) -> Table:
+    """The links alone, each in hosts of its own, three times: what sockets find and what ``partita measure`` does."""
+    table = Table("set", "sockets", "partita measure", "software a message", title="links between two hosts")
+    for bits, latency in shapes:
+        with link(bits, latency if latency > SHORTEST else 0.0) as hosts:
+            for _ in range(3):
+                plain, found = sockets(hosts), measured(hosts)
+                row = (
+                    words(bits, latency), words(8 * plain["bandwidth"], plain["latency"]),
+                    words(8 * found["bandwidth"], found["latency_seconds"]),
+                    f"{1e3 * found['overhead_seconds']:.3f} ms",
+                )  # fmt: skip
+                print(*row, sep="   ", file=sys.stderr, flush=True)
+                table.add_row(*row)
+    return table
+
+
 def summary(row: dict[str, Any]) -> str:
     """One setting in a line."""
     times = {name: median(s) for name, s in row["seconds"].items() if len(s) > 1}
@@ -142,7 +176,7 @@ def paired(seconds: dict[str, list[float]], own: str, best: str) -> tuple[list[f
 
 
 def words(bits: float, latency: float) -> str:
-    return f"{bits / 1e6:.0f} Mbit/s, {1e3 * latency:.2f} ms"
+    return f"{bits / 1e6:.0f} Mbit/s, {1e3 * latency:.3f} ms"
 
 
 def main() -> int:
@@ -152,6 +186,7 @@ def main() -> int:
     parser.add_argument("--milliseconds", default=",".join(map(str, MILLISECONDS)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--timeout", type=float, default=1200.0, help="seconds for the ranks of one kind of link")
+    parser.add_argument("--links", action="store_true", help="only what the links are found to be")
     parser.add_argument("--full", action="store_true", help="every plan that was tried")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -160,6 +195,9 @@ def main() -> int:
         print(f"skipped: {reason}")
         return 0
     console = Console(width=200)
+    if options.links:
+        console.print(links(settings(options)))
+        return 0
     for model in options.models.split(","):
         shapes, found = settings(options), []
         for kind in (True, False):

@@ -34,8 +34,9 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Between two devices, either way: ``latency_seconds + bytes / bandwidth`` for one transfer.
+    """Between two devices, either way: ``message_seconds + bytes / bandwidth`` for one transfer.
 
+    ``latency_seconds``: of the link itself. ``overhead_seconds``: what the ends' software adds to each message.
     ``host_bandwidth``: bytes per second that an end's own cores hand over or take, where they do the moving (sockets):
     time that their computing goes without; infinite where something else moves the data. An end that stops in '*' means
     every device whose name begins so: ``node0/*``, ``*``.
@@ -46,6 +47,12 @@ class Link:
     bandwidth: float
     latency_seconds: float
     host_bandwidth: float = inf
+    overhead_seconds: float = 0.0
+
+    @property
+    def message_seconds(self) -> float:
+        """What each message takes besides its bytes."""
+        return self.latency_seconds + self.overhead_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,7 @@ class Cluster:
         if source == target:
             return 0.0
         link = self.link(source, target)
-        return link.latency_seconds + nbytes / link.bandwidth
+        return link.message_seconds + nbytes / link.bandwidth
 
     @staticmethod
     def detect(*, refresh: bool = False) -> Cluster:

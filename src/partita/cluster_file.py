@@ -167,6 +167,7 @@ class _Link(msgspec.Struct):
     bandwidth: str
     latency: str = "0s"
     host: str = ""
+    overhead: str = "0s"
 
 
 class _File(msgspec.Struct):
@@ -208,7 +209,8 @@ def loads(text: str, source: str = "the cluster") -> Cluster:
         bandwidth = _amount(reader, ("links", i, "bandwidth"), line.bandwidth, "B/s")
         latency = _amount(reader, ("links", i, "latency"), line.latency, "seconds", zero=True)
         host = _amount(reader, ("links", i, "host"), line.host, "B/s") if line.host else inf
-        links.append(Link(*line.between, bandwidth, latency, host))
+        overhead = _amount(reader, ("links", i, "overhead"), line.overhead, "seconds", zero=True)
+        links.append(Link(*line.between, bandwidth, latency, host, overhead))
     if file is not None and not devices:
         reader.problem(("devices",), "a cluster needs at least one device")
     if reader.problems:
@@ -295,6 +297,7 @@ def dumps(cluster: Cluster) -> str:
                 bandwidth=_spell(link.bandwidth, "B/s"),
                 latency=_spell(link.latency_seconds, "seconds"),
                 **({} if link.host_bandwidth == inf else {"host": _spell(link.host_bandwidth, "B/s")}),
+                **({"overhead": _spell(link.overhead_seconds, "seconds")} if link.overhead_seconds else {}),
             )
             for link in cluster.links
         ]

@@ -110,7 +110,8 @@ def group_findings() -> tuple[Finding, ...]:
         if other:
             advice = f"{'; '.join(other)}: install the same everywhere"
             rows.append(Finding(f"{name} on rank 0", version, False, advice))
-    for (a, b), (bandwidth, latency, _) in links_between(world).items():
+    for (a, b), (bandwidth, latency, _, overhead) in links_between(world).items():
         text = f"{format_bytes(int(bandwidth))}/s after {format_seconds(latency)}"
+        text += f", and {format_seconds(overhead)} of software a message"
         rows.append(Finding(f"rank {a} - rank {b}", text))
     return tuple(rows)

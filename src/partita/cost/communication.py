@@ -44,7 +44,7 @@ def ring(cluster: Cluster, members: Sequence[str]) -> Channel:
     links = [cluster.link(a, b) for a, b in zip(members, (*members[1:], members[0]), strict=True)]
     return Channel(
         min((k.bandwidth for k in links), default=inf),
-        max((k.latency_seconds for k in links), default=0.0),
+        max((k.message_seconds for k in links), default=0.0),
         min((k.host_bandwidth for k in links), default=inf),
     )
 

@@ -4,8 +4,9 @@
 
 The slope is fitted by least squares of the relative deviations among large messages, with an intercept of its own: what
 windows that open slowly or a full bucket add or save once is no bandwidth. The times are of messages as a step sends
-them, the process group's own work included: some tens of microseconds each for Gloo. Of the repeats the least is taken
-for small messages and the lower quartile for large ones: a core that is shared delays some.
+them, the process group's own work included: what that adds to the link's own latency (``ping``) is the overhead.
+Of the repeats the least is taken for small messages and the lower quartile for large ones: a core that is shared
+delays some.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from partita.measure import ping
 from partita.runtime.distributed import World
 
 EVERY_PAIR = 8
@@ -31,9 +33,9 @@ LONG_SECONDS = 0.06  # larger messages than one that takes this long say nothing
 
 
 def line(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(bytes per second, seconds of latency) of (bytes, seconds) of messages of several sizes.
+    """(bytes per second, seconds beside them) of (bytes, seconds) of messages of several sizes.
 
-    The bandwidth is the slope among large messages, the latency what small ones take beyond it; at least 0.
+    The bandwidth is the slope among large messages, the rest what small ones take beyond it; at least 0.
     """
     nbytes, seconds = (np.array(column, dtype=np.float64) for column in zip(*times, strict=True))
     large = nbytes >= LARGE
@@ -43,12 +45,12 @@ def line(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return 1.0 / per_byte, max(0.0, float((seconds - nbytes * per_byte)[nbytes <= SMALL].mean()))
 
 
-Figures = tuple[float, float, float]
+Figures = tuple[float, float, float, float]
 
 
 def links_between(world: World) -> dict[tuple[int, int], Figures]:
-    """(bytes per second, seconds of latency, bytes per second of an end's processor) of each pair of ranks; of many
-    ranks, one pair for each pair of hosts.
+    """(bytes per second, seconds of the link's latency, bytes per second of an end's processor, seconds that software
+    adds to a message) of each pair of ranks; of many ranks, one pair for each pair of hosts.
 
     Collective. Some seconds for a slow link, tenths of one for a fast one.
     """
@@ -57,19 +59,25 @@ def links_between(world: World) -> dict[tuple[int, int], Figures]:
     for a, b in pairs:
         stands_for.setdefault((world.hosts[a], world.hosts[b]), (a, b))
     timed = pairs if world.size <= EVERY_PAIR else list(stands_for.values())
-    own = {}
+    own: dict[tuple[int, int], Figures] = {}
     for a, b in timed:
         if world.rank == a:
             times, host = _ask(world, b)
-            bandwidth, latency = line(times)
-            own[a, b] = float(f"{bandwidth:.3g}"), float(f"{latency:.3g}"), float(f"{host:.3g}")
+            bandwidth, whole = line(times)
+            with world.watch.waiting(f"rank {b} to time the link"):
+                latency = ping.ask(b, world.control)
+            latency = whole if latency is None else min(latency, whole)
+            figures = bandwidth, latency, host, whole - latency
+            own[a, b] = tuple(float(f"{x:.3g}") for x in figures)
         elif world.rank == b:
             _answer(world, a)
+            with world.watch.waiting(f"rank {a} to time the link"):
+                ping.answer(a, world.control)
         world.gather(None, "the links to be timed")
-    figures: dict[tuple[int, int], Figures] = {}
+    every: dict[tuple[int, int], Figures] = {}
     for found_here in world.gather(own, "the links' speeds"):
-        figures.update(found_here)
-    return {p: figures.get(p) or figures[stands_for[world.hosts[p[0]], world.hosts[p[1]]]] for p in pairs}
+        every.update(found_here)
+    return {p: every.get(p) or every[stands_for[world.hosts[p[0]], world.hosts[p[1]]]] for p in pairs}
 
 
 def _ask(world: World, peer: int) -> tuple[list[tuple[float, float]], float]:

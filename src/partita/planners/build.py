@@ -249,7 +249,7 @@ def _worst_link(cluster: Cluster) -> tuple[float, float]:
     for i, a in enumerate(names[:64]):
         for b in names[i + 1 : 64]:
             link = cluster.link(a, b)
-            by_ends.add((1.0 / link.bandwidth if link.bandwidth else 0.0, link.latency_seconds))
+            by_ends.add((1.0 / link.bandwidth if link.bandwidth else 0.0, link.message_seconds))
     for per_byte, latency in by_ends:
         slow, late = max(slow, per_byte), max(late, latency)
     return slow, late

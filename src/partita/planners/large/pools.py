@@ -30,4 +30,4 @@ def pools(cluster: Cluster, assume: Assumptions) -> tuple[Pool, ...]:
 
 def _channel(cluster: Cluster, a: Device, b: Device, assume: Assumptions) -> Channel:
     link = cluster.link(a.name, b.name)
-    return Channel(link.bandwidth * assume.links, link.latency_seconds)
+    return Channel(link.bandwidth * assume.links, link.message_seconds)
