@@ -1,8 +1,10 @@
 """The same comparison over processes: a rank a device, over Gloo (``--ranks``).
 
     parent   builds and captures a model
-      forks  tensor x stages ranks for the cases of so many devices; each has the model undivided and a divided copy,
-             and captures what it runs for itself, as under torchrun
+      forks  tensor x stages ranks for the cases of so many devices; each has the model undivided and a divided copy
+
+Under torchrun each rank captures for itself; here a graph without ties to the very model object (opaque parts, guards,
+attributes that it sets) is captured once for all of them.
 
 A rank that fails ends its model's cases and no other's.
 """
@@ -19,6 +21,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import partita.runtime.bind
 from benchmarks.same_numbers.run import CLUSTER, Case, Subject, planned, to_rounding, widened
 from partita.capture import Captured, capture
 from partita.cluster import Cluster
@@ -35,6 +39,7 @@ from partita.runtime.compare import Comparison, compare, observe
 from partita.runtime.distributed import World, join_world
 from partita.runtime.distributed.module import RankModule
 from partita.runtime.live import children_bytes
+from partita.torch_compat import pytree
 
 SECONDS = 1800.0  # that the cases of one model may take
 
@@ -43,6 +48,7 @@ def comparisons(subject: Subject, cases: Sequence[Case]) -> Iterator[tuple[Case,
     """Each case compared on every rank: the first rank's finding that differs, else rank 0's. Raises RuntimeError with
     what a rank said that ended."""
     wanted = [c for c in cases if not c.uneven or subject.joins]
+    partita.runtime.bind.capture = partial(_remembered, _known(subject, wanted))  # type: ignore[attr-defined]
     for size, group in groupby(wanted, key=lambda c: c.parts * c.tensor):
         some = list(group)
         with tempfile.TemporaryDirectory() as folder:
@@ -50,6 +56,30 @@ def comparisons(subject: Subject, cases: Sequence[Case]) -> Iterator[tuple[Case,
             for case, path in zip(some, sorted(Path(folder).glob("case*")), strict=True):
                 found, remark = pickle.loads(path.read_bytes())
                 yield case, subject.captured, found, remark
+
+
+Known = list[tuple[list[torch.Size], Captured]]
+
+
+def _known(subject: Subject, cases: Sequence[Case]) -> Known:
+    """Graphs that any copy of the model may run, with the shapes of the inputs that they are for."""
+    found = []
+    for args, kwargs in (subject.call, *(subject.inputs(c) for c in cases if c.uneven)):
+        shapes = [t.shape for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if not any(shapes == known for known, _ in found):
+            made = capture(subject.model, args, kwargs) if found else subject.captured
+            if not (made.live or made.opaques or made.guards or made.effects or made.left or made.in_contents):
+                found.append((shapes, made))
+    return found
+
+
+def _remembered(known: Known, model: nn.Module, args: Any = (), kwargs: Any = None, **options: Any) -> Captured:
+    """``capture``, but for a call like one that is known."""
+    shapes = [t.shape for t in pytree.tree_leaves((args, kwargs or {})) if isinstance(t, torch.Tensor)]
+    for those, made in known if torch.is_grad_enabled() and options.get("forward") in (None, model) else ():
+        if shapes == those and made.flatten(args, kwargs) is not None:
+            return made
+    return capture(model, args, kwargs, **options)
 
 
 def _together(size: int, subject: Subject, cases: list[Case], folder: Path) -> None:
