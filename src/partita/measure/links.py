@@ -67,8 +67,7 @@ def links_between(world: World) -> dict[tuple[int, int], Figures]:
             with world.watch.waiting(f"rank {b} to time the link"):
                 latency = ping.ask(b, world.control)
             latency = whole if latency is None else min(latency, whole)
-            figures = bandwidth, latency, host, whole - latency
-            own[a, b] = tuple(float(f"{x:.3g}") for x in figures)
+            own[a, b] = _brief(bandwidth), _brief(latency), _brief(host), _brief(whole - latency)
         elif world.rank == b:
             _answer(world, a)
             with world.watch.waiting(f"rank {a} to time the link"):
@@ -78,6 +77,10 @@ def links_between(world: World) -> dict[tuple[int, int], Figures]:
     for found_here in world.gather(own, "the links' speeds"):
         every.update(found_here)
     return {p: every.get(p) or every[stands_for[world.hosts[p[0]], world.hosts[p[1]]]] for p in pairs}
+
+
+def _brief(figure: float) -> float:
+    return float(f"{figure:.3g}")
 
 
 def _ask(world: World, peer: int) -> tuple[list[tuple[float, float]], float]:
