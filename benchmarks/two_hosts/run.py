@@ -91,12 +91,12 @@ def measured(hosts: Hosts) -> dict[str, float]:
     return found  # type: ignore[no-any-return]
 
 
-def links(shapes: Sequence[tuple[float, float]]) -> Table:
-    """The links alone, each in hosts of its own, three times: what sockets find and what ``partita measure`` does."""
+def links(shapes: Sequence[tuple[float, float]], rounds: int) -> Table:
+    """The links alone, each in hosts of its own, so many times: what sockets find and what ``partita measure`` does."""
     table = Table("set", "sockets", "partita measure", "software a message", title="links between two hosts")
     for bits, latency in shapes:
         with link(bits, latency if latency > SHORTEST else 0.0) as hosts:
-            for _ in range(3):
+            for _ in range(rounds):
                 plain, found = sockets(hosts), measured(hosts)
                 row = (
                     words(bits, latency), words(8 * plain["bandwidth"], plain["latency"]),
@@ -196,7 +196,7 @@ def main() -> int:
         return 0
     console = Console(width=200)
     if options.links:
-        console.print(links(settings(options)))
+        console.print(links(settings(options), options.rounds))
         return 0
     for model in options.models.split(","):
         shapes, found = settings(options), []
