@@ -24,7 +24,7 @@ def test_every_rank_finds_the_same_under_every_way_to_divide() -> None:
     assert said[0] == said[1]
     *equal, wrong = said[0]
     assert [(e["plan"], e["ok"], e["kept"]) for e in equal] == [(p, True, True) for p in plans(4)]
-    assert all(e["counts"] == {"output": 1, "gradient": 5} for e in equal)
+    assert all(e["counts"] == {"output": 1, "gradient": 6} for e in equal)
     assert (wrong["ok"], wrong["worst"]) == (False, "output")
 
 
@@ -34,7 +34,7 @@ def test_the_command_line_speaks_once_and_its_code_is_every_ranks(tmp_path: Path
     ended = cli("make_wrong", path)
     assert [e.code for e in ended] == [2, 2], "\n".join(e.err[-2000:] for e in ended)
     said = [line for e in ended for line in (e.out + e.err).splitlines() if "DIFFERENT" in line]
-    assert said == ["error: DIFFERENT: 1 of 1 outputs, 5 gradients"]
+    assert said == ["error: DIFFERENT: 1 of 1 outputs, 6 gradients"]
 
 
 def test_what_one_rank_alone_refuses_is_the_cause_that_the_others_name(tmp_path: Path) -> None:
@@ -53,6 +53,6 @@ def test_the_command_line_says_equal_once_also_as_json(tmp_path: Path) -> None:
     plans(4)["tensor"].save(path)
     ended = cli("make", path)
     assert [e.code for e in ended] == [0, 0], "\n".join(e.err[-2000:] for e in ended)
-    assert ended[0].out.startswith("equal: 1 outputs, 5 gradients") and not ended[1].out
+    assert ended[0].out.startswith("equal: 1 outputs, 6 gradients") and not ended[1].out
     ended = cli("make", path, "--json")
     assert json.loads(ended[0].out)["equal"] is True and not ended[1].out

@@ -33,9 +33,20 @@ class Shifted(nn.Module):
         return out
 
 
+class Scaled(nn.Linear):
+    """By a scalar, which has no strides that could say that it is elsewhere."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
 def make(*more: nn.Module) -> tuple[nn.Module, tuple[torch.Tensor]]:
     torch.manual_seed(0)
-    parts = nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 8), nn.Linear(8, 3)
+    parts = nn.Linear(6, 8), nn.Dropout(0.3), Scaled(8, 8), nn.Linear(8, 3)
     model = nn.Sequential(*parts, *more)
     model[3].weight.requires_grad_(False)
     return model, (torch.randn(5, 6),)

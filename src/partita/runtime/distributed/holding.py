@@ -81,7 +81,7 @@ class Holding:
     @contextlib.contextmanager
     def shaped(self) -> Iterator[None]:
         """While open, parameters not held whole are zeros of their size in memory nobody has touched, for tracing."""
-        away = [p for p in self.parameters.values() if is_absent(p)]
+        away = [p for n, p in self.parameters.items() if is_absent(p) or not self.holds(n)]
         for parameter in away:
             parameter.data = torch.zeros(parameter.shape, dtype=parameter.dtype)
         try:
@@ -94,7 +94,7 @@ class Holding:
     def on_meta(self) -> Iterator[None]:
         """While open, stand-ins without memory are in the places of parameters not held whole: loading passes over
         their values, and still checks names and shapes."""
-        away = {id(p): p for p in self.parameters.values() if is_absent(p)}
+        away = {id(p): p for n, p in self.parameters.items() if is_absent(p) or not self.holds(n)}
         stand_ins = {key: nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for key, p in away.items()}
         moved: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
         for owner in self.module.modules():
@@ -157,11 +157,12 @@ class Holding:
 
 def absent(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of this shape that holds one value, and that one no number."""
-    return torch.full((1,), float("nan") if tensor.is_floating_point() else 0, dtype=tensor.dtype).expand(tensor.shape)
+    return torch.full((), float("nan") if tensor.is_floating_point() else 0, dtype=tensor.dtype).expand(tensor.shape)
 
 
 def is_absent(tensor: torch.Tensor) -> bool:
-    return tensor.numel() > 1 and not any(tensor.stride())
+    """Of a scalar, which has no strides, it cannot be told; its holding knows."""
+    return tensor.dim() > 0 and tensor.numel() > 0 and not any(tensor.stride())
 
 
 def same_everywhere(world: World, module: nn.Module) -> str:
