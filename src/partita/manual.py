@@ -28,7 +28,9 @@ def stage_names(
             ops[op.name] = None
         else:
             modules[whole] = None
-    return tuple((tuple(_merge_calls(modules, stages_in)), tuple(ops)) for modules, ops in listed)
+    if any("@" in module for module in stages_in):  # else nothing is called twice: a thousand layers stay quick
+        return tuple((tuple(_merge_calls(modules, stages_in)), tuple(ops)) for modules, ops in listed)
+    return tuple((tuple(modules), tuple(ops)) for modules, ops in listed)
 
 
 def _enclosing(module: str) -> Iterable[str]:
@@ -39,8 +41,6 @@ def _enclosing(module: str) -> Iterable[str]:
 
 def _merge_calls(modules: Mapping[str, None], stages_in: Mapping[str, set[int]]) -> Iterable[str]:
     """``b, b@1, b@2`` of one stage are ``b`` when no call of b is elsewhere."""
-    if not any("@" in module for module in stages_in):  # nothing is called twice: a thousand layers stay quick
-        return tuple(modules)
     result: dict[str, None] = {}
     for name in modules:
         plain = ".".join(part.partition("@")[0] for part in name.split("."))

@@ -26,7 +26,7 @@ from partita.planners.objective import candidate_bytes
 from partita.planners.pricing import WORTH, Ranked, best_first, finished, price, rank, slowest_op
 from partita.planners.problem import Candidate, Infeasible, Optimal
 from partita.planners.remedies import loosened
-from partita.planners.searching import QUICK_OPS, Searched, Widened, beside, closed, search, variants, widen
+from partita.planners.searching import QUICK_OPS, Searched, Widened, beside, closed, fitting, search, variants, widen
 from partita.planners.task import Task, Variant
 from partita.planners.words import reasons, why_not
 from partita.sharding.batch import BatchLayouts, layouts
@@ -256,9 +256,7 @@ class Planner:
 
     def feasible(self) -> bool:
         """Whether the closed form knows a plan that fits."""
-        return self.task.may_fit and any(
-            not isinstance(closed(self.task, built, 1.0)[1], Infeasible) for built in self._quick()
-        )
+        return self.task.may_fit and any(fitting(self.task, built) for built in self._quick())
 
     def attempt(self) -> Ranked | None:
         """A plan as simulated, or None; for a large graph the best one of whole modules.
@@ -305,5 +303,5 @@ class Planner:
         if self.teams is None:
             self.teams = [*variants(self.task)] if self.can_widen else []
         for variant in self.teams:
-            if not isinstance(closed(self.task, variant.relaxed, 1.0)[1], Infeasible):
+            if fitting(self.task, variant.relaxed):
                 yield variant.exact()

@@ -54,6 +54,8 @@ def search(task: Task) -> Searched:
         gap = 0.0 if isinstance(free, Optimal) else free.gap
         return Searched(fine, replace(free, others=others), gap)
     coarse = task.coarse()
+    if not task.may_fit:
+        return Searched(coarse, Infeasible("no division of the model fits the devices' memory"), 0.0)
     rough = stages(coarse.problem, anywhere=coarse.problem.num_blocks <= IDEALS_BLOCKS, slack=TIGHT_SLACK)
     near = fine.problem
     in_hand = float("inf")
@@ -192,8 +194,15 @@ def widen(task: Task, best: float, *, teams: bool = False) -> Widened:
     return Widened((*mine[:1], *rest[:1], *mine[1:], *rest[1:]), len(every))
 
 
-def closed(task: Task, built: Built, room: float) -> tuple[Problem, Outcome]:
-    """The best plan under the schedule that holds least, with ``room`` of the memory; for the problem it solves."""
+def fitting(task: Task, built: Built) -> bool:
+    """Whether any plan fits, in closed form."""
+    return not isinstance(closed(task, built, 1.0, first=True)[1], Infeasible)
+
+
+def closed(task: Task, built: Built, room: float, *, first: bool = False) -> tuple[Problem, Outcome]:
+    """The best plan under the schedule that holds least (``first``: any), with ``room`` of the memory; for the problem
+    it solves.
+    """
     limit = {d.name: d.memory_bytes for d in task.cluster.devices}
     pools = tuple(
         replace(p, memory_bytes=room * HEADROOM * min(limit[d] for d in built.teams.get(p.devices[0], p.devices[:1])))
@@ -205,4 +214,5 @@ def closed(task: Task, built: Built, room: float) -> tuple[Problem, Outcome]:
         schedules=built.problem.schedules[:1],
         optimizer_factor=float(optimizer_factor(task.optimizer)) if task.train else 0.0,
     )
-    return problem, stages(problem, anywhere=problem.num_blocks <= IDEALS_BLOCKS, keep=1, slack=0.02)
+    anywhere = problem.num_blocks <= IDEALS_BLOCKS
+    return problem, stages(problem, anywhere=anywhere, keep=1, slack=0.02, first=first)

@@ -36,12 +36,13 @@ NEARBY = 1.15
 
 
 def stages(
-    problem: Problem, *, anywhere: bool = False, keep: int = 6, slack: float = 0.0, best: float = np.inf
-) -> Outcome:
+    problem: Problem, *, anywhere: bool = False, keep: int = 6, slack: float = 0.0, best: float = np.inf,
+    first: bool = False,
+) -> Outcome:  # fmt: skip
     """The best candidate, and up to ``keep`` others: the best of other microbatch counts and schedules.
 
     ``slack``: a ratio; search stops when nothing can be better than what is in hand by more. ``best``: seconds of a
-    plan in hand; nothing slower is looked for.
+    plan in hand; nothing slower is looked for. ``first``: any plan will do.
     """
     downs = ideals(problem, anywhere=anywhere)
     s = spans(problem, downs)
@@ -63,6 +64,8 @@ def stages(
                 candidate = search.best(slack)
                 exact = exact and search.moves.exact
                 bound = min(bound, search.bound)
+                if candidate is not None and first:
+                    return Feasible(candidate, np.inf)
                 if candidate is not None and not any(_same(candidate, c) for c in found):
                     found.append(candidate)
                     ceiling = min(ceiling, candidate.seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from math import ceil
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partita.planners.large.degrees import Degrees
-from partita.planners.large.loads import Array, Loads, Row
+from partita.planners.large.loads import Loads, Row
 from partita.planners.large.marks import Marks
 
 TOLERANCE = 0.002
@@ -28,23 +29,28 @@ def balanced(
     groups = degrees.groups
     flights = loads.flights(degrees, m)
     floors = [marks.floor_on(g.pool) for g in groups] if marks.places else [marks.floor] * len(groups)
-    light = [loads.busy(degrees, row) @ row.counts for row in rows]
+    light = [[float(x) for x in loads.busy(degrees, row) @ row.counts] for row in rows]
+    following = [*starts.searchsorted(np.arange(total)), len(starts)]
+    places = [*map(int, starts), total]
 
-    def times(stage: int, least: int, stop: int, most: float) -> tuple[int, Array]:
-        """Busy seconds a microbatch, shared by the replicas, of a stage [i, stop) for every i from the one that is
-        returned, the first from ``least`` on that can be no longer than ``most``: with a thousand layers that are few.
+    def begin(stage: int, least: int, stop: int, most: float) -> tuple[int, float] | None:
+        """Where the longest stage begins that ends at ``stop`` and is no longer than ``most``, from ``least`` on; its
+        busy seconds a microbatch, shared by the replicas. With a thousand layers few places come into question.
         """
         g = degrees.group_of(0 if v > 1 else stage)
-        row, replicas = rows[g], groups[g].replicas
-        longest = most * replicas * (1.0 + 1e-9)
-        first = max(least, floors[g][stop], int(np.searchsorted(light[g], light[g][stop] - longest)))
+        row, replicas, sums = rows[g], groups[g].replicas, light[g]
+        first = max(least, int(floors[g][stop]), bisect_left(sums, sums[stop] - most * replicas * (1.0 + 1e-9)))
         if v > 1:
-            busy = light[g][stop] - light[g][first:stop]
-        else:
-            counts = row.counts[:, stop : stop + 1] - row.counts[:, first:stop]
-            fixed = row.fixed[:, stop : stop + 1] - row.fixed[:, first:stop]
-            busy = loads.load(degrees, stage, row, counts, fixed, flights[stage]).busy
-        return first, np.where(marks.cuts[first:stop], busy, np.inf) / replicas
+            for at in range(int(following[min(first, total)]), len(starts)):
+                seconds = (sums[stop] - sums[places[at]]) / replicas
+                if places[at] >= stop or seconds <= most:
+                    return (places[at], seconds) if places[at] < stop else None
+            return None
+        counts = row.counts[:, stop : stop + 1] - row.counts[:, first:stop]
+        fixed = row.fixed[:, stop : stop + 1] - row.fixed[:, first:stop]
+        busy = loads.load(degrees, stage, row, counts, fixed, flights[stage]).busy / replicas
+        fits = np.flatnonzero((busy <= most) & np.isfinite(busy) & marks.cuts[first:stop])
+        return (first + int(fits[0]), float(busy[fits[0]])) if len(fits) else None
 
     work = [loads.least(degrees, g, row) for g, row in zip(groups, rows, strict=True)]
     low = 1.0 / sum(g.stages * g.replicas / w for g, w in zip(groups, work, strict=True)) / v
@@ -53,11 +59,11 @@ def balanced(
     else:
         rest = v * min((ceil(m / g.replicas) - 1) * g.replicas for g in groups)
         ceiling = (best - (min(work) if v == 1 else 0.0)) / rest if rest else best
-    return _narrowed(lambda most: _cover(times, starts, p * v, total, most), low, ceiling)
+    return _narrowed(lambda most: _cover(begin, starts, p * v, total, most), low, ceiling)
 
 
 def _cover(
-    times: Callable[[int, int, int, float], tuple[int, Array]],
+    begin: Callable[[int, int, int, float], tuple[int, float] | None],
     starts: NDArray[np.int64],
     stages: int,
     total: int,
@@ -69,16 +75,11 @@ def _cover(
         least = int(starts[stage])  # as many stages must still find a place to begin before this one
         if stop <= least:
             return None
-        begin, here = times(stage, least, stop, most)
-        ok = (here <= most) & np.isfinite(here)
-        if not ok.any():
+        found = begin(stage, least, stop, most)
+        if found is None or (stage == 0 and found[0] > least):
             return None
-        first = int(ok.argmax())
-        if stage == 0 and begin + first > least:
-            return None
-        longest = max(longest, float(here[first]))
         stops.append(stop)
-        stop = begin + first
+        stop, longest = found[0], max(longest, found[1])
     return stops[::-1], longest
 
 
