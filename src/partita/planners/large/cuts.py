@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partita.planners.large.degrees import Degrees
-from partita.planners.large.loads import Loads, Row
+from partita.planners.large.loads import Array, Loads, Row
 from partita.planners.large.marks import Marks
 
 TOLERANCE = 0.002
@@ -32,6 +32,7 @@ def balanced(
     light = [[float(x) for x in loads.busy(degrees, row) @ row.counts] for row in rows]
     following = [*starts.searchsorted(np.arange(total)), len(starts)]
     places = [*map(int, starts), total]
+    known: dict[tuple[int, int], tuple[int, Array]] = {}
 
     def begin(stage: int, least: int, stop: int, most: float) -> tuple[int, float] | None:
         """Where the longest stage begins that ends at ``stop`` and is no longer than ``most``, from ``least`` on; its
@@ -46,9 +47,13 @@ def balanced(
                 if places[at] >= stop or seconds <= most:
                     return (places[at], seconds) if places[at] < stop else None
             return None
-        counts = row.counts[:, stop : stop + 1] - row.counts[:, first:stop]
-        fixed = row.fixed[:, stop : stop + 1] - row.fixed[:, first:stop]
-        busy = loads.load(degrees, stage, row, counts, fixed, flights[stage]).busy / replicas
+        at, busy = known.get((stage, stop), (total, None))
+        if busy is None or at > first:
+            counts = row.counts[:, stop : stop + 1] - row.counts[:, first:stop]
+            fixed = row.fixed[:, stop : stop + 1] - row.fixed[:, first:stop]
+            busy = loads.load(degrees, stage, row, counts, fixed, flights[stage]).busy / replicas
+            at, known[stage, stop] = first, (first, busy)
+        busy = busy[first - at :]
         fits = np.flatnonzero((busy <= most) & np.isfinite(busy) & marks.cuts[first:stop])
         return (first + int(fits[0]), float(busy[fits[0]])) if len(fits) else None
 
