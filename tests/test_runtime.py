@@ -533,6 +533,29 @@ def test_a_model_that_decides_by_values_trains_with_the_same_numbers() -> None:
         assert_same_grads(model, other, rtol=0, atol=0)
 
 
+class Turned(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x.transpose(1, 2))
+
+
+class Changed(nn.Module):
+    """A copy is changed, not what it was made from: ``contiguous`` copies a tensor that does not lie as it stands."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous().add_(1) * x
+
+
+def test_a_copy_of_joined_parts_is_a_copy_where_the_unsplit_models_is() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), Turned(), Changed(), nn.Linear(4, 3))
+    other, x = copy.deepcopy(model), torch.randn(4, 4, 6)
+    parallel = partita.split(other, (x,), at=["2"], devices=cluster(2), microbatches=2)
+    y = torch.randn(5, 4, 6)
+    assert torch.allclose(model(y), parallel(y), rtol=1e-5)
+    for module in (model, parallel):
+        module(y).sum().backward()
+    assert_same_grads(model, other)
+
+
 class RunAgain(nn.Module):
     """A BatchNorm whose statistics move twice a step: once in forward, once where backward runs it again."""
 

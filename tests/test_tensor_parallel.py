@@ -457,3 +457,30 @@ def test_random_numbers_stand_where_they_do_in_the_unsplit_model_whatever_the_or
         found = compare(observe(model, model, (y,), {}), observe(parallel, model, (y,), {}))
         assert found.ok, found
         parallel.close()
+
+
+class RepeatsMask(nn.Module):
+    """A mask repeated for every head, with the number of rows said (diffusers' prior)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        n, t, _ = x.shape
+        q, k, v = (y.view(n, t, 4, 4).transpose(1, 2).reshape(n * 4, t, 4) for y in self.q(x).chunk(3, -1))
+        mask = mask[:, None, :].repeat_interleave(4, dim=0, output_size=4 * n)
+        y = ((q @ k.transpose(1, 2)) + mask).softmax(-1) @ v
+        out: torch.Tensor = self.o(y.view(n, 4, t, 4).transpose(1, 2).reshape(n, t, 16))
+        return out
+
+
+def test_a_mask_repeated_for_divided_heads_is_repeated_for_a_members_own() -> None:
+    torch.manual_seed(0)
+    model, inputs = RepeatsMask(), (torch.randn(4, 6, 16), torch.randn(4, 6))
+    for microbatches in (1, 2):
+        plan = tensor_plan(model, inputs, 2, 1, microbatches)
+        parallel = ParallelModule(model, plan, cluster(2))
+        found = compare(observe(model, model, inputs, {}), observe(parallel, model, inputs, {}))
+        assert found.ok, found
+        parallel.close()

@@ -44,6 +44,23 @@ class Scaled(nn.Linear):
         return super().forward(x) * self.scale
 
 
+class Turned(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(x.transpose(1, 2))
+
+
+class Changed(nn.Module):
+    """A copy is changed, not what it was made from: ``contiguous`` copies a tensor that does not lie as it stands."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous().add_(1) * x
+
+
+def make_turned() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), Turned(), Changed(), nn.Linear(4, 3)), (torch.randn(5, 4, 6),)
+
+
 def make(*more: nn.Module) -> tuple[nn.Module, tuple[torch.Tensor]]:
     torch.manual_seed(0)
     parts = nn.Linear(6, 8), nn.Dropout(0.3), Scaled(8, 8), nn.Linear(8, 3)
@@ -91,6 +108,9 @@ def main() -> None:
         found = partita.verify(model, args, plan=plan)
         kept = all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
         print(json.dumps({"plan": name, "ok": found.ok, "counts": found.counts(), "kept": kept}), flush=True)
+    turned, args = make_turned()
+    found = partita.verify(turned, args, plan=plans(4)["stages"])
+    print(json.dumps({"plan": "turned", "ok": found.ok, "found": str(found)}), flush=True)
     wrong, args = make_wrong()
     found = partita.verify(wrong, args, plan=plans(5)["stages"])
     print(json.dumps({"plan": "wrong", "ok": found.ok, "worst": found.worst.name if found.worst else ""}), flush=True)

@@ -20,6 +20,7 @@ from partita.runtime.allocator import keep_freed_memory
 from partita.runtime.codegen import SegmentCode, generate
 from partita.runtime.collectives import LocalGroup
 from partita.runtime.kernels import resolver
+from partita.runtime.layout import cat
 from partita.runtime.spmd_seats import Seat, whole_gradients
 from partita.runtime.spmd_seats import places as seats
 from partita.runtime.sync_norm import Gathering, join
@@ -192,7 +193,7 @@ class Local:
         layout = dict(state.program.layouts).get(name)
         parts = [p.to(device) for p in parts]
         if isinstance(layout, Split):
-            return torch.cat(parts, layout.dim)
+            return cat(parts, layout.dim)
         if isinstance(layout, Partial):
             return torch.stack(parts).sum(0)
         return parts[0]

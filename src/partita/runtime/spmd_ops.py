@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from partita.runtime.collectives import Group
+from partita.runtime.layout import lying
 
 Rounds = Sequence[Sequence[int]]
 
@@ -65,7 +66,7 @@ def _sizes(tensor_rows: int, rounds: Rounds, size: int, rank: int) -> list[int]:
 def gathered(group: Group, tensor: torch.Tensor, dim: int, rounds: Rounds) -> torch.Tensor:
     """The whole, of everybody's rows."""
     sizes = _sizes(tensor.shape[dim], rounds, group.size, group.rank)
-    return _joined(group.all_gather(tensor.contiguous(), dim, sizes), dim, rounds)
+    return lying(_joined(group.all_gather(tensor.contiguous(), dim, sizes), dim, rounds), tensor)
 
 
 def _joined(parts: Sequence[torch.Tensor], dim: int, rounds: Rounds) -> torch.Tensor:
@@ -96,7 +97,7 @@ def exchanged(
         shape[held] = size
         shapes.append(shape)
     largest = max(p.numel() for p in parts) // max(sizes[group.rank], 1) * max(sizes)
-    return _joined(group.all_to_all(parts, shapes, largest if min(sizes) else 0), held, held_rounds)
+    return lying(_joined(group.all_to_all(parts, shapes, largest if min(sizes) else 0), held, held_rounds), tensor)
 
 
 def scattered(group: Group, tensor: torch.Tensor, dim: int, rounds: Rounds) -> torch.Tensor:

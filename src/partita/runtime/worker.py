@@ -20,6 +20,7 @@ from partita.errors import ExecutionError
 from partita.graph import Graph
 from partita.program import Fixed, Instruction, Partial, Program, Split, Use, Whole
 from partita.runtime.codegen import SegmentCode
+from partita.runtime.layout import cat
 from partita.runtime.route import Inlet, Step, parts, route
 from partita.runtime.spmd_seats import Seat, receivers
 from partita.runtime.transport import Exchange, Stopped
@@ -230,7 +231,7 @@ class Worker:
         """All microbatches of a tensor as one, a leaf of its own."""
         values = [self.mine.values[key] for key in parts(self.state.program, use)]
         if isinstance(use.layout, Split):
-            return torch.cat(values, use.layout.dim).detach()
+            return cat(values, use.layout.dim).detach()
         if isinstance(use.layout, Partial):
             return torch.stack(values).sum(0).detach()
         return values[0].detach()

@@ -54,8 +54,9 @@ def _sized(graph: Graph, whole: Op, op: Op, option: Option, inputs: list[Shape],
         args[2] = out[dim : dim + (len(given) if isinstance(given, tuple) else 0)]
     elif kind in ("repeat", "tile"):
         args[1] = _times(call, args[1], inputs[0], out)
-    elif kind == "repeat_interleave" and any(key == "output_size" for key, _ in op.kwargs):
-        dim = call.number(2, name="dim") % max(len(out), 1)
+    elif kind == "repeat_interleave" and isinstance(args[1], int) and inputs[0]:
+        dim = call.number(2, name="dim") % len(inputs[0])
+        args[1] = _ratio(out[dim], inputs[0][dim]) or args[1]
         op = replace(op, kwargs=tuple((k, out[dim] if k == "output_size" else v) for k, v in op.kwargs))
     elif kind in ("split", "unsafe_split") and isinstance(args[1], int):
         args[1] = _along(call, outputs, 0)
@@ -87,6 +88,13 @@ def _sized(graph: Graph, whole: Op, op: Op, option: Option, inputs: list[Shape],
         if rewrite is not None:
             op, args = replace(op, target=rewrite.target_op, kwargs=()), [args[0], *rewrite.args[1:]]
     return replace(op, args=tuple(args))
+
+
+def _ratio(out: Dim, inner: Dim) -> int:
+    """How many rows there are for one; 0 where it is not told."""
+    if isinstance(out, Size) and isinstance(inner, Size):
+        return out.per_sample // inner.per_sample if inner.per_sample else 0
+    return out // inner if isinstance(out, int) and isinstance(inner, int) and inner else 0
 
 
 def _along(call: Call, outputs: list[Shape], index: int) -> Dim:

@@ -1,6 +1,6 @@
 """Messages between ranks: what ``transport.Exchange`` is to threads, over a process group.
 
-    one message   [ header: step, key, kind, dtype, shape | data ]      128 bytes and the tensor's own
+    one message   [ header: step, key, kind, dtype, shape, order | data ]      128 bytes and the tensor's own
 
 Sends are asynchronous; receives are posted ahead, in the order in which the peer will send. Both sides know how large
 a message was the last time (at first: what the graph says); a tensor of another size follows in a message of its own.
@@ -14,7 +14,7 @@ import random
 import struct
 import sys
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
@@ -26,11 +26,12 @@ from partita.errors import ExecutionError
 from partita.graph import Graph
 from partita.program import Program
 from partita.runtime.distributed.world import World
+from partita.runtime.layout import memory_order, turned_back
 from partita.runtime.route import random_turns
 
 HEADER = 128
 AHEAD = 3
-_HEAD = struct.Struct("<4sIIBBBx12q")
+_HEAD = struct.Struct("<4sIIBBBx12q12B")
 _MAGIC = b"prtt"
 _SAME, _OTHER, _NOTHING = 0, 1, 2
 DTYPES = (
@@ -166,14 +167,17 @@ class Exchange:
         state.next += 1
         if key[0] == "drawn":
             value = _generators()
+        order = [] if value is None else memory_order(value)
+        if value is not None and order:  # it lies there as it lies here
+            value = value.permute(order)
         if value is not None and value.device.type == "cuda":
-            self._send_apart(peer, key, index, value)
+            self._send_apart(peer, key, index, value, order)
             return
         expected = state.line.nbytes[index]
         size = 0 if value is None else value.numel() * value.element_size()
         kind = _NOTHING if value is None else _SAME if size == expected else _OTHER
         buffer = torch.empty(HEADER + expected, dtype=torch.uint8)
-        self._head(buffer, key, kind, value)
+        self._head(buffer, key, kind, value, order)
         if value is not None and kind == _SAME:
             _data(buffer, value.dtype, value.shape).copy_(value)
         self._isend(peer, buffer, index)
@@ -209,10 +213,10 @@ class Exchange:
         self._out[peer].posted.append(_Posted(work, buffer, index))
         self.sent.messages += 1
 
-    def _send_apart(self, peer: int, key: Key, index: int, value: torch.Tensor) -> None:
+    def _send_apart(self, peer: int, key: Key, index: int, value: torch.Tensor, order: Sequence[int]) -> None:
         """A tensor on a GPU: its header through the host, its data from device to device."""
         header = torch.empty(HEADER, dtype=torch.uint8)
-        self._head(header, key, _SAME, value)
+        self._head(header, key, _SAME, value, order)
         self._isend(peer, header, index)
         lane = self.world.up if peer > self.world.rank else self.world.down
         data = value.contiguous()
@@ -220,14 +224,16 @@ class Exchange:
         self._out[peer].posted.append(_Posted(work, data, index))
         self.sent.payload += data.numel() * data.element_size()
 
-    def _head(self, buffer: torch.Tensor, key: Key, kind: int, value: torch.Tensor | None) -> None:
+    def _head(
+        self, buffer: torch.Tensor, key: Key, kind: int, value: torch.Tensor | None, order: Sequence[int]
+    ) -> None:
         shape = () if value is None else tuple(value.shape)
         if len(shape) > 12:
             raise ExecutionError(f"{key[0]} has {len(shape)} dims; tensors sent between ranks have at most 12")
         code = 0 if value is None else _CODE.get(value.dtype, 255)
         if code == 255:
             raise ExecutionError(f"{key[0]} is {value.dtype if value is not None else ''}, which is not sent")
-        padded = (*shape, *(0,) * (12 - len(shape)))
+        padded = (*shape, *(0,) * (12 - len(shape)), *(order or range(len(shape))), *(0,) * (12 - len(shape)))
         packed = _HEAD.pack(_MAGIC, self.step & 0xFFFFFFFF, _crc(key), kind, code, len(shape), *padded)
         buffer[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         self.sent.headers += HEADER
@@ -250,17 +256,19 @@ class Exchange:
         index = state.done
         key = state.line.keys[index]
         posted.work.wait()
-        magic, step, crc, kind, code, dims, *shape = _HEAD.unpack(bytes(posted.buffer[: _HEAD.size].numpy()))
+        magic, step, crc, kind, code, dims, *rest = _HEAD.unpack(bytes(posted.buffer[: _HEAD.size].numpy()))
         if magic != _MAGIC or step != self.step & 0xFFFFFFFF or crc != _crc(key):
             raise ExecutionError(
                 f"rank {self.world.rank} expects {_words(key)} in step {self.step} and rank {peer} sent something else "
                 f"(its step {step}): the ranks do not run the same calls. Make every rank call the model with the same "
                 "inputs, in the same order"
             )
-        sizes, dtype = tuple(shape[:dims]), DTYPES[code]
+        sizes, order, dtype = tuple(rest[:dims]), rest[12 : 12 + dims], DTYPES[code]
         value: torch.Tensor | None = None
         if kind != _NOTHING:
             value = self._data(peer, state, index, kind, dtype, sizes, posted.buffer)
+            if order != sorted(order):
+                value = turned_back(value, order)
         state.line.nbytes[index] = 0 if value is None else value.numel() * value.element_size()
         state.done += 1
         self._post(peer)
