@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -484,3 +485,34 @@ def test_a_mask_repeated_for_divided_heads_is_repeated_for_a_members_own() -> No
         found = compare(observe(model, model, inputs, {}), observe(parallel, model, inputs, {}))
         assert found.ok, found
         parallel.close()
+
+
+class SharedWithAPiece(nn.Module):
+    """A table that divided ops use and a part that runs as one op (it draws from Python's generator) as well."""
+
+    class Part(nn.Module):
+        def __init__(self, table: nn.Embedding) -> None:
+            super().__init__()
+            self.table = table
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.table(x % 20) * (1.0 if random.random() < 2 else 0.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        table = nn.Embedding(40, 16)
+        self.part, self.b, self.head = self.Part(table), nn.Linear(16, 16), nn.Linear(16, 40, bias=False)
+        self.head.weight = table.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.b(self.part(x)))
+        return out
+
+
+def test_a_parameter_that_a_piece_takes_whole_stays_whole() -> None:
+    torch.manual_seed(0)
+    model, x = SharedWithAPiece(), torch.randint(0, 40, (4, 6))
+    parallel = ParallelModule(model, tensor_plan(model, (x,), 2, 1), cluster(2))
+    found = compare(observe(model, model, (x,), {}), observe(parallel, model, (x,), {}))
+    assert found.ok, found
+    parallel.close()

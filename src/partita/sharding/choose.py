@@ -69,7 +69,8 @@ class _Search:
             for i, t in enumerate(self.ways[op.name].operands):
                 self.users.setdefault(t.name, []).append((op, i))
         self.parameters = {n for n in self.users if graph.tensor(n).role == "parameter"}
-        self.whole = {n for n in self.parameters if n in whole}
+        read = {n for op in ops for n in op.reads}  # a piece that runs as one op takes its parameters whole
+        self.whole = {n for n in self.parameters if n in whole or n in read}
         self.placements: dict[str, dict[Placement, None]] = {}
         self.queue: dict[str, None] = {}
         self.wanted_of_tensor: dict[str, int | str] = {}
