@@ -647,3 +647,45 @@ def test_under_torch_compile_a_divided_model_runs_as_it_is() -> None:
     wanted = torch.autograd.grad((net(2.0 * x) + 1.0).square().mean(), list(net.parameters()))
     for (name, _), grad in zip(net.named_parameters(), wanted, strict=True):
         assert torch.allclose(found[name], grad), name
+
+
+class ChangedInPlace(nn.Module):
+    """What layers give is changed in place, as ``nn.ReLU(inplace=True)`` and ``x += positions`` do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.places = nn.Embedding(9, 6), nn.Parameter(torch.randn(5, 6))
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.table(x)
+        h += self.places
+        return self.b(torch.relu_(self.a(h)))  # type: ignore[no-any-return]
+
+
+def test_what_a_layer_gives_may_be_changed_in_place_in_every_microbatch() -> None:
+    model = ChangedInPlace()
+    other, x = copy.deepcopy(model), torch.randint(0, 9, (4, 5))
+    parallel = partita.split(other, (x,), at=["b"], devices=cluster(2), microbatches=2)
+    for module in (model, parallel):
+        module(x).sum().backward()
+    assert_same_grads(model, other)
+
+
+class Conditional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches = lambda t: torch.tanh(self.a(t)), lambda t: torch.relu(self.b(t))
+        return torch.cond(x.sum() > 0, *branches, (x,))  # type: ignore[no-any-return]
+
+
+def test_torch_cond_runs_in_a_model_that_runs_live() -> None:
+    model = Conditional()
+    other, x = copy.deepcopy(model), torch.rand(4, 6)
+    parallel = partita.split(other, (x,), at=["b"], devices=cluster(2))
+    for module in (model, parallel):
+        (module(x).sum() + module(-x).sum()).backward()
+    assert_same_grads(model, other)

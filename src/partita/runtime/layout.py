@@ -37,4 +37,10 @@ def cat(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
 def lying(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The same values, lying as ``like`` does; a copy where they lie otherwise."""
     order = memory_order(like)
-    return turned_back(tensor.permute(order).contiguous(), order) if order else tensor
+    return no_view(turned_back(tensor.permute(order).contiguous(), order)) if order else tensor
+
+
+def no_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The same, not known to autograd as a view: what an autograd function gives can then be changed in place, as the
+    result of the op that it stands for can. Only for memory that nobody else has."""
+    return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)  # type: ignore[no-any-return]

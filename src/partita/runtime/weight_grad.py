@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from partita.cost.surge import PUT_OFF
+from partita.runtime.layout import no_view
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -214,7 +215,7 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.leaf, ctx.bias, ctx.queue, ctx.wants_x = weight, bias, queue, x.requires_grad
-        return F.linear(x, weight, bias)
+        return no_view(F.linear(x, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -270,7 +271,7 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx: Any, weight: torch.Tensor, index: torch.Tensor, padding: int, queue: WeightQueue) -> torch.Tensor:
         ctx.save_for_backward(index, weight)
         ctx.leaf, ctx.padding, ctx.queue = weight, padding, queue
-        return torch.embedding(weight, index)
+        return no_view(torch.embedding(weight, index))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
