@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partita.planners.exhaustive import candidates, exhaustive
-from partita.planners.objective import candidate_seconds, fits
-from partita.planners.problem import Edge, Infeasible, Optimal, Pool, Problem, Times, Weights
+from partita.planners.ideals import ideals
+from partita.planners.objective import candidate_seconds, fits, received_bytes, stage_time, weight_bytes
+from partita.planners.problem import Edge, Infeasible, Optimal, Pool, Problem, StageChoice, Times, Weights
+from partita.planners.spans import sized, spans
 from partita.planners.stages import check_candidate, stages
 
 
@@ -147,3 +149,31 @@ def test_what_fits_nowhere_is_infeasible():
     problem = uniform(3, 2)
     problem = replace(problem, pools=(replace(problem.pools[0], memory_bytes=10.0),))
     assert isinstance(stages(problem), Infeasible) and isinstance(exhaustive(problem), Infeasible)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problem=problems(dag=True, most_blocks=6), everywhere=st.booleans())
+def test_what_spans_count_is_what_the_blocks_of_each_count(problem: Problem, everywhere: bool) -> None:
+    """Prefixes by sums, other ideals pair by pair."""
+    found = spans(problem, ideals(problem, anywhere=everywhere))
+    one = sized(problem, found, 1)
+    for k, (a, b) in enumerate(zip(found.first, found.last, strict=True)):
+        blocks = [int(x) for x in np.flatnonzero(found.before[b] & ~found.before[a])]
+        assert (found.weight_bytes[k], found.trained_bytes[k]) == pytest.approx(weight_bytes(problem, blocks))
+        assert one.received[k] == pytest.approx(received_bytes(problem, blocks, problem.batch))
+        choice = StageChoice(tuple(blocks), 0)
+        assert one.pools[0].forward[k] == pytest.approx(stage_time(problem, choice, 1).forward)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problem=problems(dag=True))
+def test_no_plan_is_faster_than_the_bounds_by_which_spans_are_left_out(problem: Problem) -> None:
+    """Nothing better than a plan in hand is lost: asked for less than the best there is nothing; for more, the best."""
+    best = stages(problem, keep=1)
+    if isinstance(best, Infeasible):
+        return
+    seconds = best.best.seconds
+    again = stages(problem, keep=1, best=seconds * (1 + 1e-6) + 1e-9)
+    assert not isinstance(again, Infeasible)
+    assert again.best.seconds == pytest.approx(seconds)
+    assert isinstance(stages(problem, keep=1, best=seconds * (1 - 1e-6)), Infeasible)
