@@ -18,6 +18,7 @@ from partita.api import parallelize
 from partita.capture import capture
 from partita.check import check
 from partita.cluster import Device, Link
+from partita.cost.blocks import signature
 from partita.demo.models import CharGPT, DigitViT
 from partita.divide import divide
 from partita.errors import PlanError
@@ -516,3 +517,21 @@ def test_a_parameter_that_a_piece_takes_whole_stays_whole() -> None:
     found = compare(observe(model, model, (x,), {}), observe(parallel, model, (x,), {}))
     assert found.ok, found
     parallel.close()
+
+
+class Pooled(nn.Module):
+    """Two equal layers, one of them on a parameter (a pooling head's latent query)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latent, self.q, self.proj = nn.Parameter(torch.randn(1, 1, 16)), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query = self.q(self.latent.expand(x.shape[0], -1, -1))
+        return self.proj(query * x.mean(1, keepdim=True))  # type: ignore[no-any-return]
+
+
+def test_a_layer_on_a_parameter_is_not_taken_for_an_equal_one_on_an_activation() -> None:
+    graph = capture(Pooled(), (torch.randn(4, 6, 16),), {}).graph
+    q, proj = (op for op in graph.ops if op.target.startswith("aten.linear"))
+    assert signature(graph, [q]) != signature(graph, [proj])

@@ -60,7 +60,8 @@ def legal_cuts(graph: Graph) -> list[bool]:
 
 
 def signature(graph: Graph, ops: Sequence[Op]) -> str:
-    """A digest of targets, arguments and shapes, with names replaced by order of first use."""
+    """A digest of targets, arguments and shapes, with names replaced by order of first use: equal where the work
+    is, and where what is held for it is (a layer on a parameter holds one more than one on an activation)."""
     number: dict[str, int] = {}
     text: list[str] = []
 
@@ -74,7 +75,9 @@ def signature(graph: Graph, ops: Sequence[Op]) -> str:
             if name in number:
                 text.append(f"%{number[name]}")
             else:
-                text.append(f"%{len(number)}:{graph.tensor(name).kind}")
+                tensor = graph.tensor(name)
+                held = graph.tensor(tensor.base or name).role
+                text.append(f"%{len(number)}:{tensor.kind}{'' if held in ('op', 'input') else ' held'}")
                 number[name] = len(number)
     return hashlib.blake2b("|".join(text).encode(), digest_size=12).hexdigest()
 
