@@ -48,6 +48,7 @@ __all__ = [
     "global_hooks",
     "has_grad_hooks",
     "no_modes",
+    "no_view",
     "not_compiled",
     "local_part",
     "pytree",
@@ -133,6 +134,12 @@ def force_eager() -> Iterator[None]:
 def transforming() -> bool:
     """Whether a functorch transform (vmap, grad, jvp) is at work around. Public: none."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def no_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The same, not known to autograd as a view: what an autograd function gives can then be changed in place, as the
+    result of the op that it stands for can. Only for memory that nobody else has. Public: none."""
+    return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)  # type: ignore[no-any-return]
 
 
 def saving_is_hooked() -> bool:

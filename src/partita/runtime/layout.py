@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from partita.torch_compat import no_view
+
 
 def memory_order(tensor: torch.Tensor) -> list[int]:
     """The dims from the slowest in memory to the fastest; empty where the tensor lies as it stands."""
@@ -38,9 +40,3 @@ def lying(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The same values, lying as ``like`` does; a copy where they lie otherwise."""
     order = memory_order(like)
     return no_view(turned_back(tensor.permute(order).contiguous(), order)) if order else tensor
-
-
-def no_view(tensor: torch.Tensor) -> torch.Tensor:
-    """The same, not known to autograd as a view: what an autograd function gives can then be changed in place, as the
-    result of the op that it stands for can. Only for memory that nobody else has."""
-    return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)  # type: ignore[no-any-return]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from partita.cost.surge import PUT_OFF
-from partita.runtime.layout import no_view
+from partita.torch_compat import no_view
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
