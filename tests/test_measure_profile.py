@@ -18,6 +18,7 @@ from partita.cost.table import cost_table
 from partita.measure import kept_timings, local_cluster, measure_call
 from partita.measure import profile as module
 from partita.measure.profile import profile
+from partita.measure.timings import LEAST_ALONE, MOST_HELD_UP, Sample, ease, held_up
 from partita.sharding.batch import layouts
 
 
@@ -153,3 +154,27 @@ def test_profile_false_measures_nothing(place: Path) -> None:
     model, x = Deep(), torch.randint(50, (8,))
     partita.parallelize(model, (x,), devices=["cpu", "cpu"], profile=False).close()
     assert not (place / "timings.json").exists()
+
+
+def _samples(turns: list[tuple[float, float]], *, alone: bool = False) -> list[Sample]:
+    """Two units a turn: (own seconds, wall clock) of each."""
+    return [
+        Sample("forward", unit, False, own, wall, turn, alone)
+        for turn, (own, wall) in enumerate(turns)
+        for unit in (0, 1)
+    ]
+
+
+def test_what_the_system_takes_is_told_by_the_quietest_round() -> None:
+    assert held_up(_samples([(1.0, 1.03), (1.0, 1.9), (1.0, 1.04)])) == pytest.approx(1.03)
+    assert held_up(_samples([(1.0, 0.99)])) == 1.0
+    assert held_up(_samples([(1.0, 2.0), (1.0, 1.8)])) == MOST_HELD_UP  # a neighbour all the time
+    assert held_up([]) == 1.0
+
+
+def test_ease_is_what_is_left_of_the_seconds_alone() -> None:
+    together = _samples([(1.0, 1.0)] * 4)
+    assert ease([[*together, *_samples([(0.9, 0.9)], alone=True)]]) == pytest.approx(0.9)
+    assert ease([[*together, *_samples([(1.2, 1.2)], alone=True)]]) == 1.0
+    assert ease([[*together, *_samples([(0.1, 0.1)], alone=True)]]) == LEAST_ALONE
+    assert ease([together]) == 1.0  # nobody ran alone

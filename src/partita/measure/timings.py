@@ -1,7 +1,7 @@
 """Timings: from the samples of a profile to a Timing of each unit.
 
 Of repeats the lower quartile counts: neighbours on the machine only ever add. What they and the system take of cores
-that are all at work even in a quiet round is added once, for all units together (``held_up``).
+that are all at work even in the quietest round is added once, for all units together (``held_up``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from partita.cost.measured import Timing
 
 PHASES = ("forward", "backward", "weight")
 LEAST_ALONE = 0.5  # two devices that halve each other's speed are one: less is noise
+MOST_HELD_UP = 1.08
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +58,16 @@ def numbers(
 
 
 def held_up(samples: Iterable[Sample]) -> float:
-    """Wall clock over the device's own time while all devices work, in a quiet round: what the system and the process's
-    other threads take has no idle core to go to. At least 1."""
+    """Wall clock over the device's own time while all devices work, in the quietest round: what the system and the
+    process's other threads take has no idle core to go to. From 1 to ``MOST_HELD_UP``: more is a neighbour's doing, who
+    may be gone when the plan runs."""
     rounds: dict[int, list[Sample]] = {}
     for s in samples:
         if not s.alone:
             rounds.setdefault(s.turn, []).append(s)
     own = [(sum(s.wall for s in turn), sum(s.seconds for s in turn)) for turn in rounds.values()]
     shares = [wall / seconds for wall, seconds in own if seconds > 0]
-    return max(1.0, _typical(shares)) if shares else 1.0
+    return min(max(min(shares, default=1.0), 1.0), MOST_HELD_UP)
 
 
 def ease(lanes: Sequence[Sequence[Sample]]) -> float:
