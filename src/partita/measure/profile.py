@@ -238,7 +238,9 @@ def _round(
         if rehearsal.device.type == "cuda":
             torch.cuda.synchronize(rehearsal.device)
 
-    clock = _clock(lane.device, rehearsal.device.type, alone=barrier.parties == 1)
+    clock = _clock(
+        lane.device, rehearsal.device.type, alone=barrier.parties == 1 and not alone
+    )  # alone: timed as together was
 
     def timed(phase: str, index: int, fresh: bool, run: Callable[[], None]) -> None:
         wait()
