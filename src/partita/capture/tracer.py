@@ -65,9 +65,7 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
         self.drawn: Any = None
         self.failed_in = ""
         self.buffer_at: dict[tuple[str, str], torch.Tensor] = {}  # (module path, name) -> the fake put there
-        self.ordered: dict[
-            int, torch.Tensor
-        ] = {}  # inner tensors whose memory order is the same wherever they are made
+        self.ordered: dict[int, torch.Tensor] = {}  # by id: inner tensors that lie in the same order everywhere
         self.wants_gradient: set[int] = set()  # ids of inner tensors that forward told to require a gradient
 
     # ---- names ----------------------------------------------------------------------------------------------------
@@ -308,8 +306,7 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
     def in_memory_order(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same memory with its slowest dim first, for an op that counts in memory: elsewhere (gathered from several
         devices, joined from parts of the batch) the tensor may lie in another order, and is copied into this one."""
-        strides = tensor.stride()
-        order = sorted(range(tensor.dim()), key=lambda d: (-strides[d], tensor.shape[d] == 1, d))
+        order = randomness.memory_order(tuple(tensor.shape), tuple(tensor.stride()))
         with self:
             turned = tensor.permute(order)
             if turned.storage_offset() or not turned.is_contiguous():

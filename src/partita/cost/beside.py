@@ -23,8 +23,6 @@ def paces(spans: Spans) -> dict[tuple[str, int], float]:
     lines: dict[str, list[tuple[int, float, float, float]]] = {}
     for (device, position), span in spans.items():
         lines.setdefault(device, []).append((position, *span))
-    if len(lines) < 2:
-        return {key: alone for key, (_, _, alone) in spans.items()}
     made = {device: np.array(sorted(rows)) for device, rows in lines.items()}
     busy: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # moments, seconds computed until then
     for device, rows in made.items():
@@ -39,7 +37,7 @@ def paces(spans: Spans) -> dict[tuple[str, int], float]:
         for other, (moments, worked) in busy.items():
             if other != device:
                 beside += np.interp(ends, moments, worked) - np.interp(starts, moments, worked)
-        share = beside / np.maximum(ends - starts, 1e-30) / (len(made) - 1)
+        share = beside / np.maximum(ends - starts, 1e-30) / max(len(made) - 1, 1)
         pace = alone + (1.0 - alone) * np.clip(share, 0.0, 1.0)
         found.update({(device, int(position)): float(p) for position, p in zip(rows[:, 0], pace, strict=True)})
     return found

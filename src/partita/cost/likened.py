@@ -6,6 +6,7 @@ The counts (``cost.ops``) say how the share compares with the whole op; the meas
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -44,8 +45,7 @@ def likened(
     position = {op.name: i for i, op in enumerate(table.graph.ops)}
     came = [position[origin.get(op.name, op.name)] for op in local.ops]
     found = known if known is not None else factors(table, cluster)
-    for kind in found:
+    for kind in (k for k in made.kinds if k in found):
         for rows in (made.forward, made.backward, made.weight):
             rows[kind][...] *= found[kind][came][:, None]
-        made.alone[kind][...] = table.alone[kind][came]
-    return made
+    return replace(made, alone={kind: rows[came] for kind, rows in table.alone.items()})

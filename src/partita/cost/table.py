@@ -60,8 +60,8 @@ class SegmentCost:
 @dataclass(frozen=True, slots=True, eq=False)
 class CostTable:
     """Arrays of shape (ops, 2): fixed and per sample. ``blocks``: the units measured, in order. ``kept``: what each op
-    makes that backward needs, ``saved`` its bytes. ``users``: tensor -> ops that take it. ``alone``: of each op, the
-    share of its seconds that it takes while the devices beside it do nothing.
+    makes that backward needs, ``saved`` its bytes. ``users``: tensor -> ops that take it. ``alone``: of each op on
+    kinds that were measured, the share of its seconds that it takes while the devices beside it do nothing.
     """
 
     graph: Graph
@@ -109,14 +109,13 @@ def cost_table(
         ]).reshape(-1, 3, 2)  # fmt: skip
         f, b, w = (np.ascontiguousarray(distinct[alike, part]) for part in range(3))
         extra = np.zeros_like(f)
-        alone[kind] = np.ones(len(graph.ops))
         for block in parts if measured is not None else ():
             timing = measured.get(block.signature, kind) if measured is not None else None
             if timing is None:
                 continue
             where = slice(block.start, block.stop)
             extra[where] = w[where] + b[where]
-            alone[kind][where] = timing.alone
+            alone.setdefault(kind, np.ones(len(graph.ops)))[where] = timing.alone
             for array, value in ((f, timing.forward), (b, timing.backward), (w, timing.weight), (extra, timing.first)):
                 _share(array[where], value, batch)
             if timing.saved is not None:
@@ -214,7 +213,9 @@ def segment_cost(
 
 
 def _alone(table: CostTable, kind: str, index: Indices) -> float:
-    """Of these ops together, by the seconds that each takes."""
+    """Of these ops together, by the seconds that each takes; 1 where none was measured."""
+    if kind not in table.alone:
+        return 1.0
     rows = table.forward[kind][index] + table.backward[kind][index] + table.weight[kind][index]
     seconds = rows @ np.array([1.0, max(table.graph.batch, 1)])
     total = float(seconds.sum())

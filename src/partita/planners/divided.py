@@ -206,10 +206,7 @@ class Divider:
 
     def table_of(self, local: Local, cluster: Cluster) -> CostTable:
         """Prices of a member's ops; as much slower or faster than counted as the whole ops were measured to be."""
-        known = self._factors()
-        return likened(
-            self.table, local.graph, local.origin, cluster, {d.kind: known[d.kind] for d in cluster.devices if known}
-        )
+        return likened(self.table, local.graph, local.origin, cluster, self._factors())
 
     def _factors(self) -> dict[str, Array]:
         """How much slower or faster each whole op was measured than it was counted, by kind."""
