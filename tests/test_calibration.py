@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import partita
+from partita.capture import capture
 from partita.cost.measured import Measured
 from partita.errors import UsageError
+from partita.measure import forget_timings, kept_timings, local_cluster, measure_call
 from partita.plan import Predicted
 from partita.runtime.calibration import TIMED_STEPS, WARM_STEPS, Calibration, likely_cause
 from partita.runtime.module import ParallelModule
@@ -50,6 +53,29 @@ def test_a_deviation_above_15_percent_is_told_once(seconds: float, told: int) ->
             watch.tell(trace(1.0, 1.0), lambda: trace(1.0, 1.0), 2.0)
     assert len(caught) == told
     assert all("replan()" in str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize("seconds, disproved", [(0.84, 1), (0.86, 0), (1.16, 0)])
+def test_only_a_faster_step_disproves_the_timings(seconds: float, disproved: int) -> None:
+    """Neighbours on the machine only ever add: a slower step says nothing of how the parts were timed."""
+    watch, calls = watched(seconds=seconds, predicted=1.0), []
+    watch.disproved = lambda: calls.append(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            watch.tell(trace(1.0, 1.0), lambda: trace(1.0, 1.0), 2.0)
+    assert len(calls) == disproved
+
+
+def test_disproved_timings_are_measured_again_by_the_next_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
+    model, x = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4))), torch.randn(256, 512)
+    captured, cluster = capture(model, (x,)), local_cluster(["cpu", "cpu"])
+    assert measure_call(captured, cluster, model, (x,)) is not None
+    kept = kept_timings(captured, cluster)
+    assert kept is not None
+    forget_timings(kept)
+    assert kept_timings(captured, cluster) is None
 
 
 def test_the_likely_cause_is_read_from_the_traces() -> None:

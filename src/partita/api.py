@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from partita.cluster import Cluster
 from partita.cost.measured import Measured
 from partita.errors import PlanError, UsageError
 from partita.manual import plan_from_cuts, plan_live
-from partita.measure import kept_timings, local_cluster, measure_call
+from partita.measure import forget_timings, kept_timings, local_cluster, measure_call
 from partita.plan import Plan
 from partita.planners.constraints import Constraints
 from partita.planners.large.result import plan_large
@@ -105,9 +106,12 @@ def parallelize(
     cluster = local_cluster(devices, memory)
     captured = read()
     chosen, measured = best(captured, cluster) if plan is None else (choose(captured, cluster), None)
-    return ParallelModule(
+    parallel = ParallelModule(
         model, chosen, cluster, loss_fn=loss_fn, measured=measured, replan=lambda: best(read(), cluster, again=True)
     )
+    if parallel.calibration is not None and measured is not None:
+        parallel.calibration.disproved = partial(forget_timings, measured)
+    return parallel
 
 
 def find_plan(

@@ -2,5 +2,6 @@
 
 from partita.measure.calls import kept_timings, measure_call
 from partita.measure.detect import local_cluster
+from partita.measure.store import forget as forget_timings
 
-__all__ = ["kept_timings", "local_cluster", "measure_call"]
+__all__ = ["forget_timings", "kept_timings", "local_cluster", "measure_call"]

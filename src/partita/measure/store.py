@@ -46,3 +46,14 @@ def write(measured: Measured, cluster: Cluster, sizes: Sequence[int], train: boo
         old = Measured()
     rows = json.loads(old.merged(measured).to_json())["timings"]
     cache.write(NAME, {**everything, key: rows[-MOST:]})
+
+
+def forget(measured: Measured) -> None:
+    """Drop what is kept of these units on these kinds of devices: the next process measures them again."""
+    everything = cache.read(NAME)
+    kept = {
+        key: [row for row in rows if (row.get("signature"), row.get("kind")) not in measured.timings]
+        for key, rows in everything.items()
+    }
+    if kept != everything:
+        cache.write(NAME, {key: rows for key, rows in kept.items() if rows})

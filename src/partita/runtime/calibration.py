@@ -22,10 +22,15 @@ TOLERANCE = 0.15
 
 @dataclass(eq=False)
 class Calibration:
-    """``predicted``: seconds a step; ``batch``: samples it holds for. ``seconds``: measured so far, in order."""
+    """``predicted``: seconds a step; ``batch``: samples it holds for. ``seconds``: measured so far, in order.
+
+    ``disproved`` is called where a step is so much faster than promised that the model's parts cannot have been timed
+    undisturbed: neighbours on the machine only ever add.
+    """
 
     predicted: float
     batch: int
+    disproved: Callable[[], None] | None = None
     seconds: list[float] = field(default_factory=list)
     told: bool = False
 
@@ -56,6 +61,8 @@ class Calibration:
             return
         self.told = True
         how, cause = "slower" if off > 0 else "faster", likely_cause(measured, predicted(), cpu_seconds)
+        if off < 0 and self.disproved is not None:
+            self.disproved()
         warnings.warn(
             f"a step takes {format_seconds(self.measured)}, {abs(off):.0%} {how} than the "
             f"{format_seconds(self.predicted)} that the plan promised: {cause}. "
