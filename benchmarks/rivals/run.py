@@ -147,19 +147,29 @@ def rows(model: str, results: dict[str, Result]) -> list[tuple[str, ...]]:
 HEAD = ("contestant", "train", "partita is", "infer", "partita is", "memory", "first step", "lines", "settings")
 
 
-def markdown(tables: dict[str, list[tuple[str, ...]]], rounds: int) -> str:
-    """The result file."""
+def section(model: str, table: list[tuple[str, ...]], rounds: int) -> str:
+    """One model of the result file."""
     lines = [
-        f"# Rivals, {datetime.date.today().isoformat()}",
-        "",
-        f"`python -m benchmarks.rivals --rounds {rounds}`; two cores of {platform.machine()}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}. Samples a second (medians); 'partita is': its "
-        "throughput over the rival's, with a 95 % bootstrap interval over rounds.",
-    ]
-    for model, table in tables.items():
-        lines += ["", f"## {model}", "", "| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-        lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in table]
-    return "\n".join(lines) + "\n"
+        f"## {model}", "", f"{rounds} rounds, {datetime.datetime.now():%Y-%m-%d %H:%M}.", "",
+        "| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD),
+    ]  # fmt: skip
+    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in table]) + "\n"
+
+
+def save(sections: dict[str, str]) -> Path:
+    """Write today's result file; models it has from an earlier run of the day stay, those run again are replaced."""
+    path = Path(__file__).parent / "results" / f"{datetime.date.today().isoformat()}.md"
+    path.parent.mkdir(exist_ok=True)
+    earlier = path.read_text(encoding="utf-8").split("\n## ")[1:] if path.exists() else []
+    found = {text.partition("\n")[0]: f"## {text.rstrip()}\n" for text in earlier} | sections
+    head = (
+        f"# Rivals, {datetime.date.today().isoformat()}\n\n`python -m benchmarks.rivals --save`; "
+        f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}. "
+        "Samples a second (medians); 'partita is': its throughput over the rival's, with a 95 % bootstrap interval "
+        "over rounds.\n"
+    )
+    path.write_text("\n".join([head, *found.values()]), encoding="utf-8")
+    return path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -169,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(names), help="contestants")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant (default 7)")
     parser.add_argument("--no-first", action="store_true", help="leave out the time to the first step")
-    parser.add_argument("--save", action="store_true", help="write results/DATE.md beside this program")
+    parser.add_argument("--save", action="store_true", help="write results/DATE.md beside this program, model by model")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     given = parser.parse_args(argv)
     asked, models = given.only.split(","), given.models.split(",")
@@ -179,22 +189,18 @@ def main(argv: list[str] | None = None) -> int:
     if given.rounds < 1:
         parser.error("--rounds must be at least 1")
     console = Console(stderr=given.json)
-    tables, raw = {}, {}
+    sections, raw = {}, {}
     for model in models:
         with Progress(console=console, transient=True) as progress:
             results = measure(model, asked, given.rounds, first=not given.no_first, progress=progress)
-        tables[model] = rows(model, results)
+        sections[model] = section(model, rows(model, results), given.rounds)
         raw[model] = {n: vars(r) for n, r in results.items()}
         if not given.json:
-            text = markdown({model: tables[model]}, given.rounds)
-            print(text[text.index("## ") :], flush=True)
+            print(sections[model], flush=True)
+        if given.save:
+            print(f"written to {save(sections)}", file=sys.stderr)
     if given.json:
         print(json.dumps(raw, indent=1))
-    if given.save:
-        path = Path(__file__).parent / "results" / f"{datetime.date.today().isoformat()}.md"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(markdown(tables, given.rounds), encoding="utf-8")
-        print(f"written to {path}", file=sys.stderr)
     return 0
 
 
