@@ -189,7 +189,8 @@ def main(argv: list[str] | None = None) -> int:
     if given.rounds < 1:
         parser.error("--rounds must be at least 1")
     console = Console(stderr=given.json)
-    sections, raw = {}, {}
+    sections: dict[str, str] = {}
+    raw: dict[str, object] = {}
     for model in models:
         with Progress(console=console, transient=True) as progress:
             results = measure(model, asked, given.rounds, first=not given.no_first, progress=progress)
