@@ -22,7 +22,7 @@ from partita.runtime import codegen
 from partita.runtime.bind import Entry
 from partita.runtime.local import Local
 from partita.runtime.module import ParallelModule
-from partita.runtime.worker import StepState, Worker
+from partita.runtime.worker import WAYS, StepState, Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -151,13 +151,12 @@ def test_dropout_leaves_the_random_generator_where_the_unsplit_model_leaves_it()
 
 
 def test_dropout_drawn_anew_in_each_microbatch_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Worker.take
+    whole = WAYS["once"]
 
-    def anew(self: Worker, inlet: Any, microbatch: int) -> tuple[torch.Tensor, bool]:
-        value, leaf = whole(self, inlet, microbatch)
-        return (torch.empty_like(value).bernoulli_(0.6).div_(0.6) if inlet.way == "once" else value), leaf
+    def anew(self: Worker, step: Any, inlet: Any) -> torch.Tensor:
+        return torch.empty_like(whole(self, step, inlet)).bernoulli_(0.6).div_(0.6)
 
-    monkeypatch.setattr(Worker, "take", anew)
+    monkeypatch.setitem(WAYS, "once", anew)
     assert wrong(Dropped(), (torch.randn(8, 6),), at=["b", "drop2"])
 
 
@@ -350,9 +349,8 @@ def test_a_value_used_by_several_later_stages_gets_the_gradients_of_all_of_them(
 
 
 def test_a_skips_gradient_taken_instead_of_added_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    def instead(self: Worker, name: str, microbatch: int, grad: torch.Tensor | None) -> None:
-        if grad is not None:
-            self.mine.grads[name, microbatch] = grad
+    def instead(self: Worker, key: tuple[str, int], grad: torch.Tensor) -> None:
+        self.mine.grads[key] = grad
 
     monkeypatch.setattr(Worker, "add_grad", instead)
     model, x = Skips(), torch.randn(8, 6)

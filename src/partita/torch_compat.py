@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -47,11 +47,13 @@ __all__ = [
     "force_eager",
     "global_hooks",
     "has_grad_hooks",
+    "no_function_modes",
     "no_modes",
     "no_view",
     "not_compiled",
     "local_part",
     "pytree",
+    "run_backward",
     "safe_softmax",
     "saving_is_hooked",
     "storage_key",
@@ -184,12 +186,30 @@ def wrapped(tensor: torch.Tensor) -> bool:
     return bool(functorch.is_functorch_wrapped_tensor(tensor))
 
 
+_ENGINE: Any = torch.autograd.Variable._execution_engine
+
+
+def run_backward(roots: Sequence[object], grads: Sequence[torch.Tensor]) -> None:
+    """``torch.autograd.backward`` from GradientEdges whose gradients fit them. Public: that, which looks at every
+    gradient in Python, twice what a small backward takes, and imports sympy to do so."""
+    _ENGINE.run_backward(
+        tuple(roots), tuple(grads), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )  # retain_graph, create_graph, inputs
+
+
 @contextmanager
 def no_modes() -> Iterator[None]:
     """Ops inside run for real, whatever is being traced around. Public: none."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     with _disable_current_modes(), torch._C._DisablePythonDispatcher():
+        yield
+
+
+@contextmanager
+def no_function_modes() -> Iterator[None]:
+    """Calls of torch's Python API inside are seen by no TorchFunctionMode. Public: none."""
+    with torch._C.DisableTorchFunction():
         yield
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from partita.runtime.kernels import returns_sequence, rewritten
 from partita.sharding.batch import BatchLayouts
 
 Resolve = Callable[[Op], Callable[..., Any]]
+NO_GRAD = "with no_grad() if grads() else as_is:"  # torch's own context manager is a dozen calls
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class _Writer:
         self.graph, self.segment, self.layouts = graph, segment, layouts
         self.resolve, self.symbols = resolve, symbols
         self.ops = {op.name: op for op in graph.ops}
-        self.names: dict[str, Any] = {"no_grad": torch.no_grad, "checkpoint": checkpoint}
+        self.names: dict[str, Any] = {
+            "no_grad": torch.no_grad, "grads": torch.is_grad_enabled, "as_is": nullcontext(), "checkpoint": checkpoint,
+        }  # fmt: skip
         self.lines: list[str] = []
         self.op_lines: list[tuple[int, Op]] = []
         self.variables: dict[str, str] = {}
@@ -159,7 +163,7 @@ class _Writer:
                 self.drop(i, drops, "    ")
                 i += 1
                 continue
-            self.lines.append("    with no_grad():")
+            self.lines.append(f"    {NO_GRAD}")
             while i < len(ops) and not ops[i].grad and i not in starts:
                 self.call(ops[i], "        ")
                 self.drop(i, drops, "        ")
@@ -184,7 +188,7 @@ class _Writer:
             if ops[i].grad:
                 self.call(ops[i], "        ")
             else:
-                self.lines.append("        with no_grad():")
+                self.lines.append(f"        {NO_GRAD}")
                 self.call(ops[i], "            ")
             self.drop(i, drops, "        ")
         results = "".join(f"{self.variables[t]}, " for t in leaving)

@@ -8,6 +8,7 @@ backward needs, autograd holds.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from partita.errors import PlanError
@@ -22,6 +23,9 @@ class Inlet:
     """How a run gets one tensor. ``way``: 'alias' (a parameter), 'given', 'once', 'value' or 'joined' (of all
     microbatches). ``leaf``: a gradient may have to go back. ``rows``: the microbatch's rows are cut from it. ``copy``:
     it is changed in place, and others hold it. ``changed``: the caller's own is changed in place.
+
+    Of a value: ``key`` it is held under; ``sole``: nobody else in the step reads it or returns it; ``away``: its
+    gradient goes to another device, else to a run of this one.
     """
 
     use: Use
@@ -30,13 +34,16 @@ class Inlet:
     rows: Split | None
     copy: bool
     changed: bool = False
+    key: Key = ("", -1)
+    sole: bool = False
+    away: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Outlet:
-    """``held``: read here later. ``result``: an output of the model."""
+    """``key``: its name and microbatch. ``held``: read here later. ``result``: an output of the model."""
 
-    name: str
+    key: Key
     held: bool
     result: bool
 
@@ -46,7 +53,8 @@ class Step:
     """One instruction, with what it takes, makes and drops. ``last_of_run``: the next is no W.
 
     ``after``: the segment on another device that draws random numbers just before this one, 0 for none; ``then``: the
-    device of the one that draws next.
+    device of the one that draws next. Of F, ``samples`` of the microbatch. Of SEND and RECV, ``value``: what is sent,
+    by tensor and microbatch, and ``message``: the key it travels under.
     """
 
     instruction: Instruction
@@ -56,11 +64,23 @@ class Step:
     last_of_run: bool = True
     after: int = 0
     then: str = ""
+    samples: int = 0
+    value: Key = ("", -1)
+    message: tuple[str, int, int, bool] = ("", -1, -1, False)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The steps of one device's list. ``puts_off``: weight gradients have steps (W) of their own."""
+
+    instructions: tuple[Instruction, ...]
+    steps: tuple[Step, ...]
+    puts_off: bool
 
 
 def route(
     graph: Graph, program: Program, instructions: tuple[Instruction, ...], mutated: tuple[frozenset[int], ...]
-) -> tuple[Step, ...]:
+) -> Route:
     """``mutated``: of each segment, the positions of the uses it changes in place.
 
     Raises PlanError where the Program could never end, or could not draw its random numbers in the model's order.
@@ -82,25 +102,45 @@ def route(
         drops.setdefault(position, []).append(key)
     inlets: dict[tuple[int, bool], tuple[Inlet, ...]] = {}
     outputs = frozenset(graph.outputs)
+    readers = Counter(use.tensor for segment in program.segments for use in segment.uses)
+    batch = sum(program.sizes)
     steps = []
     for position, instruction in enumerate(instructions):
+        index, microbatch = instruction.segment, instruction.microbatch
         step = Step(instruction, drops=tuple(drops.get(position, ())))
         if instruction.kind == "F":
-            whole = instruction.microbatch < 0
-            index = instruction.segment
+            whole = microbatch < 0
             if (index, whole) not in inlets:
                 inlets[index, whole] = _inlets(graph, program, index, mutated[index], whole=whole)
+            taken = tuple(
+                replace(
+                    inlet, key=(inlet.use.tensor, microbatch), away=_away(program, inlet.use.source, index, microbatch),
+                    sole=readers[inlet.use.tensor] == 1 and inlet.use.tensor not in outputs and not program.groups,
+                )
+                if inlet.way == "value" else inlet
+                for inlet in inlets[index, whole]
+            )  # fmt: skip
             outlets = tuple(
-                Outlet(name, (name, instruction.microbatch) in last, name in outputs)
+                Outlet((name, microbatch), (name, microbatch) in last, name in outputs)
                 for name in program.segments[index].outputs
             )
             after, then = turns.get(index, (0, ""))
-            step = replace(step, inlets=inlets[index, whole], outlets=outlets, after=after, then=then)
+            samples = batch if whole else program.sizes[microbatch]
+            step = replace(step, inlets=taken, outlets=outlets, after=after, then=then, samples=samples)
         elif instruction.kind == "W":
             following = instructions[position + 1 : position + 2]
             step = replace(step, last_of_run=not following or following[0].kind != "W")
+        elif instruction.kind in ("SEND", "RECV"):
+            value, grad = (instruction.tensor, microbatch), instruction.grad
+            step = replace(step, value=value, message=(*value, index if grad else -1, grad))
         steps.append(step)
-    return tuple(steps)
+    return Route(instructions, tuple(steps), any(i.kind == "W" for i in instructions))
+
+
+def _away(program: Program, source: int, segment: int, microbatch: int) -> bool:
+    """Whether a microbatch of another segment's tensor is made on another device than it is used on."""
+    made, used = (program.placement[i] for i in (source, segment))
+    return made[max(microbatch, 0)] != used[max(microbatch, 0)]
 
 
 def parts(program: Program, use: Use) -> tuple[Key, ...]:

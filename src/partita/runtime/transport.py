@@ -7,7 +7,6 @@ A message is ``(key, value)``; ``key`` = (tensor, microbatch, sending segment or
 from __future__ import annotations
 
 import queue
-import threading
 from collections.abc import Hashable
 from typing import Any
 
@@ -17,32 +16,29 @@ class Stopped(Exception):
 
 
 class Exchange:
-    """One step's mailboxes. Thread-safe; ``stop`` wakes every receiver."""
+    """One step's mailboxes. Thread-safe; ``stop`` wakes every receiver. ``stopped``: whether it was called."""
 
     def __init__(self, devices: tuple[str, ...]) -> None:
         self._inbox: dict[str, queue.SimpleQueue[tuple[Hashable, Any]]] = {d: queue.SimpleQueue() for d in devices}
         self._early: dict[str, dict[Hashable, Any]] = {d: {} for d in devices}
-        self._stopped = threading.Event()
+        self.stopped = False
 
     def send(self, device: str, key: Hashable, value: Any) -> None:
         self._inbox[device].put((key, value))
 
     def receive(self, device: str, key: Hashable) -> Any:
         """The value sent under ``key``; raises Stopped when the step was stopped."""
-        early = self._early[device]
-        inbox = self._inbox[device]
-        while key not in early:
-            if self._stopped.is_set():
-                raise Stopped
+        early, inbox = self._early[device], self._inbox[device]
+        if key in early:
+            return early.pop(key)
+        while not self.stopped:
             found, value = inbox.get()
+            if found == key:
+                return value
             early[found] = value
-        return early.pop(key)
+        raise Stopped
 
     def stop(self) -> None:
-        self._stopped.set()
+        self.stopped = True
         for inbox in self._inbox.values():
             inbox.put((("stop",), None))
-
-    @property
-    def stopped(self) -> bool:
-        return self._stopped.is_set()

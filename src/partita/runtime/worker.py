@@ -21,10 +21,11 @@ from partita.graph import Graph
 from partita.program import Fixed, Instruction, Partial, Program, Split, Use, Whole
 from partita.runtime.codegen import SegmentCode
 from partita.runtime.layout import cat
-from partita.runtime.route import Inlet, Step, parts, route
+from partita.runtime.route import Inlet, Route, Step, parts, route
 from partita.runtime.spmd_seats import Seat, receivers
 from partita.runtime.transport import Exchange, Stopped
 from partita.runtime.weight_grad import WeightQueue, mark, use_queue
+from partita.torch_compat import run_backward
 from partita.trace import Event
 
 Key = tuple[str, int]
@@ -40,8 +41,8 @@ class Run:
     ``outputs`` are edges of the autograd graph, not tensors: a result nobody reads any more does not stay for them.
     """
 
-    leaves: list[tuple[Use, torch.Tensor]]
-    outputs: dict[str, Edge]
+    leaves: list[tuple[Inlet, torch.Tensor]]
+    outputs: dict[Key, Edge]
 
 
 @dataclass(eq=False)
@@ -99,39 +100,40 @@ class Worker:
         self.group = seat.group if seat is not None else None
         self.mine = state.devices[name]
         self.owed: list[object] = []
-        self.parts: dict[tuple[str, Split | None], tuple[torch.Tensor, ...]] = {}
+        self.parts: dict[tuple[str, int, int], tuple[torch.Tensor, ...]] = {}
 
     def walk(self, instructions: tuple[Instruction, ...]) -> None:
-        state, exchange = self.state, self.exchange
-        steps = self.route(instructions)
+        state, exchange, values = self.state, self.exchange, self.mine.values
+        route = self.route(instructions)
         do = {"F": self.forward, "B": self.backward, "W": self.weights, "SEND": self.send, "RECV": self.receive}
         use_queue(self.mine.queue if len(state.program.sizes) > 1 else None)
-        self.mine.queue.put_off = any(i.kind == "W" for i in instructions)
+        self.mine.queue.put_off = route.puts_off
+        start = 0.0
         try:
             with torch.inference_mode(state.inference), torch.set_grad_enabled(state.grad):
-                for step in steps:
+                for step in route.steps:
                     if exchange.stopped:
                         raise Stopped
-                    start = perf_counter()
+                    if state.record:
+                        start = perf_counter()
                     do[step.instruction.kind](step)
                     for key in step.drops:
-                        del self.mine.values[key]
+                        del values[key]
                     if state.record:
                         self.record(step.instruction, start)
         finally:
             use_queue(None)
 
-    def route(self, instructions: tuple[Instruction, ...]) -> tuple[Step, ...]:
+    def route(self, instructions: tuple[Instruction, ...]) -> Route:
         """Made once for an instruction list, and kept with the code that it is for."""
         state = self.state
         routes = self.codes[0].routes
-        found = routes.get(id(instructions))
+        found: Route | None = routes.get(id(instructions))
         if found is None:
             mutated = tuple(code.mutated for code in self.codes)
             graph = self.seat.graph if self.seat is not None else state.graph
-            found = instructions, route(graph, state.program, instructions, mutated)
-            routes[id(instructions)] = found
-        return found[1]
+            found = routes[id(instructions)] = route(graph, state.program, instructions, mutated)
+        return found
 
     def record(self, instruction: Instruction, start: float) -> None:
         origin = self.state.origin
@@ -154,123 +156,135 @@ class Worker:
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def forward(self, step: Step) -> None:
-        state, index, microbatch = self.state, step.instruction.segment, step.instruction.microbatch
-        code = self.codes[index]
+        state, mine, index = self.state, self.mine, step.instruction.segment
         if step.after and self.leads:
             self.exchange.receive(self.name, ("drawn", step.after))
-        leaves: list[tuple[Use, torch.Tensor]] = []
+        leaves: list[tuple[Inlet, torch.Tensor]] = []
         arguments = []
         for inlet in step.inlets:
-            value, leaf = self.take(inlet, microbatch)
-            if leaf:
-                leaves.append((inlet.use, value))
+            value = WAYS[inlet.way](self, step, inlet)
+            if inlet.leaf and value.requires_grad:
+                leaves.append((inlet, value))
             if inlet.copy:
                 value = value.clone()  # an in-place op must not change what others hold
             arguments.append(value)
-        size = state.program.sizes[microbatch] if microbatch >= 0 else state.batch
         try:
-            outputs = code.run(size, state.batch, self.mine.device, *arguments, group=self.group)
+            outputs = self.codes[index].run(step.samples, state.batch, mine.device, *arguments, group=self.group)
         except Stopped:
             raise
         except Exception as error:
             raise self.failure(index, error) from error
         if step.then and self.leads:
             self.exchange.send(step.then, ("drawn", index), None)
-        own = [value for value in arguments if value.requires_grad and value.is_leaf]
-        del arguments
-        kept: dict[str, Edge] = {}
+        kept: dict[Key, Edge] = {}
         for outlet, value in zip(step.outlets, outputs, strict=True):
-            if outlet.held or outlet.result:
-                detached = value.detach()
+            if outlet.result or outlet.held:
+                detached = value.detach() if outlet.result or state.grad else value
                 if outlet.held:
-                    self.mine.values[outlet.name, microbatch] = detached
+                    mine.values[outlet.key] = detached
                 if outlet.result and self.leads:
-                    state.results[outlet.name, microbatch] = detached
-            if state.grad and value.requires_grad and (value.grad_fn is not None or any(value is t for t in own)):
-                kept[outlet.name] = torch.autograd.graph.get_gradient_edge(value)
+                    state.results[outlet.key] = detached
+            differentiable = state.grad and value.requires_grad
+            if differentiable and (value.grad_fn is not None or any(value is taken for taken in arguments)):
+                kept[outlet.key] = torch.autograd.graph.get_gradient_edge(value)
         if state.grad:
-            self.mine.runs[index, microbatch] = Run(leaves, kept)
+            mine.runs[index, step.instruction.microbatch] = Run(leaves, kept)
 
-    def take(self, inlet: Inlet, microbatch: int) -> tuple[torch.Tensor, bool]:
-        """The tensor as the segment wants it, and whether its gradient is wanted back."""
+    # Each gives a tensor as the segment wants it; where its gradient is wanted back (``inlet.leaf``), a leaf.
+
+    def alias_of(self, step: Step, inlet: Inlet) -> torch.Tensor:
+        found = self.mine.aliases.get(inlet.use.tensor)
+        return self.alias(inlet.use.tensor) if found is None else found
+
+    def value_of(self, step: Step, inlet: Inlet) -> torch.Tensor:
+        """What a run made. Where no other run takes it, it becomes a leaf itself: each call of torch hands the
+        interpreter to another device's thread and takes it back."""
+        value = self.mine.values[inlet.key]
+        if not self.state.grad:
+            return value
+        if not inlet.sole:
+            value = value.detach()
+        return value.requires_grad_() if inlet.leaf else value
+
+    def from_caller(self, step: Step, inlet: Inlet) -> torch.Tensor:
+        """An input, a buffer, or what was made of them for the whole step."""
         state, use = self.state, inlet.use
-        if inlet.way == "alias":
-            return self.alias(use.tensor), False
-        if inlet.way in ("given", "once"):
-            value = state.once[use.tensor] if inlet.way == "once" else self.given(use.tensor)
-            if inlet.rows is not None:
-                value = self.part(inlet, value, microbatch)
-            if value.device != self.mine.device:
-                value = value.to(self.mine.device, non_blocking=True)
-            if inlet.leaf and state.grad and value.requires_grad:
-                return value.detach().requires_grad_(), True
-            return value.detach() if value.requires_grad else value, False
-        value = self.joined(use) if inlet.way == "joined" else self.mine.values[use.tensor, microbatch].detach()
-        if inlet.leaf and state.grad:
-            return value.requires_grad_(), True
-        return value, False
+        value = state.once[use.tensor] if inlet.way == "once" else self.given(use.tensor)
+        if inlet.rows is not None:
+            value = self.part(use.tensor, inlet.rows, inlet.changed, value, step.instruction.microbatch)
+        if value.device != self.mine.device:
+            value = value.to(self.mine.device, non_blocking=True)
+        if not value.requires_grad:
+            return value
+        value = value.detach()
+        return value.requires_grad_() if inlet.leaf and state.grad else value
 
-    def part(self, inlet: Inlet, value: torch.Tensor, microbatch: int) -> torch.Tensor:
-        """A microbatch's rows of what the caller made. All are cut off at once where nobody changes them: each call of
-        torch hands the interpreter to another device's thread and takes it back."""
-        assert inlet.rows is not None
-        if inlet.changed:
-            return value.narrow(*self.state.rows(inlet.rows, microbatch))
-        key = inlet.use.tensor, inlet.rows
-        if key not in self.parts:
-            lengths = [n * inlet.rows.factor for n in self.state.program.sizes]
-            self.parts[key] = torch.split_with_sizes(value, lengths, inlet.rows.dim)
-        return self.parts[key][microbatch]
+    def part(self, name: str, rows: Split, changed: bool, value: torch.Tensor, microbatch: int) -> torch.Tensor:
+        """A microbatch's rows of what the caller made. All are cut off at once where nobody changes them."""
+        if changed:
+            return value.narrow(*self.state.rows(rows, microbatch))
+        key = name, rows.dim, rows.factor
+        found = self.parts.get(key)
+        if found is None:
+            lengths = [n * rows.factor for n in self.state.program.sizes]
+            found = self.parts[key] = torch.split_with_sizes(value, lengths, rows.dim)
+        return found[microbatch]
 
     def given(self, name: str) -> torch.Tensor:
         """An input or buffer. Of buffers that every member changes alike, all but the leader have a copy."""
         found = self.mine.clones.get(name)
         return self.state.given[name] if found is None else found
 
-    def joined(self, use: Use) -> torch.Tensor:
+    def joined(self, step: Step, inlet: Inlet) -> torch.Tensor:
         """All microbatches of a tensor as one, a leaf of its own."""
+        use = inlet.use
         values = [self.mine.values[key] for key in parts(self.state.program, use)]
         if isinstance(use.layout, Split):
-            return cat(values, use.layout.dim).detach()
-        if isinstance(use.layout, Partial):
-            return torch.stack(values).sum(0).detach()
-        return values[0].detach()
+            value = cat(values, use.layout.dim).detach()
+        elif isinstance(use.layout, Partial):
+            value = torch.stack(values).sum(0).detach()
+        else:
+            value = values[0].detach()
+        return value.requires_grad_() if inlet.leaf and self.state.grad else value
 
     def alias(self, name: str) -> torch.Tensor:
-        """This device's leaf over the parameter's memory."""
-        found = self.mine.aliases.get(name)
-        if found is None:
-            parameter = self.state.parameters[name]
-            found = parameter.detach()
-            if self.seat is not None:
-                found = self.seat.rows(name, found).detach()
-            if found.device != self.mine.device:
-                found = found.to(self.mine.device)
-            found.requires_grad_(self.state.grad and parameter.requires_grad)
-            mark(found, name)
-            self.mine.aliases[name] = found
+        """This device's leaf over the parameter's memory, made."""
+        parameter = self.state.parameters[name]
+        found = parameter.detach()
+        if self.seat is not None:
+            found = self.seat.rows(name, found).detach()
+        if found.device != self.mine.device:
+            found = found.to(self.mine.device)
+        found.requires_grad_(self.state.grad and parameter.requires_grad)
+        mark(found, name)
+        self.mine.aliases[name] = found
         return found
 
     # -- backward --------------------------------------------------------------------------------------------------
 
     def backward(self, step: Step) -> None:
-        index, microbatch = step.instruction.segment, step.instruction.microbatch
-        run = self.mine.runs.pop((index, microbatch))
+        mine, index, microbatch = self.mine, step.instruction.segment, step.instruction.microbatch
+        run = mine.runs.pop((index, microbatch))
         roots, grads = [], []
-        for name, edge in run.outputs.items():
-            grad = self.mine.grads.pop((name, microbatch), None)
+        for key, edge in run.outputs.items():
+            grad = mine.grads.pop(key, None)
             if grad is not None:
                 roots.append(edge)
                 grads.append(grad)
-        self.mine.queue.key = (index, microbatch)
+        mine.queue.key = (index, microbatch)
         run.outputs = {}
         try:
             if roots:
-                torch.autograd.backward(roots, grads)
+                run_backward(roots, grads)
         except Exception as error:
             raise self.failure(index, error, "backward of ") from error
-        for use, leaf in run.leaves:
-            self.hand_back(use, leaf.grad, microbatch, index)
+        for inlet, leaf in run.leaves:
+            if inlet.way != "value":
+                self.hand_back(inlet.use, leaf.grad, microbatch, index)
+            elif inlet.away:
+                self.owe(inlet.use.tensor, microbatch, leaf.grad, index)
+            elif leaf.grad is not None:
+                self.add_grad(inlet.key, leaf.grad)
             leaf.grad = None
 
     def weights(self, step: Step) -> None:
@@ -284,13 +298,10 @@ class Worker:
                 raise self.failure(step.instruction.segment, error, "weight gradients of ") from error
 
     def hand_back(self, use: Use, grad: torch.Tensor | None, microbatch: int, consumer: int) -> None:
-        """Give the gradient of something taken to the runs that made it."""
+        """Give the gradient of an input to the caller, of something joined to the runs that made its parts."""
         if use.source < 0:
             if grad is not None and self.leads:
                 self.input_grad(use, grad, microbatch)
-            return
-        if microbatch >= 0:
-            self.credit(use, microbatch, grad, consumer)
         elif isinstance(use.layout, Whole):
             self.credit(use, -1, grad, consumer)
         else:
@@ -301,19 +312,20 @@ class Worker:
                 self.credit(use, m, part, consumer)
 
     def credit(self, use: Use, microbatch: int, grad: torch.Tensor | None, consumer: int) -> None:
-        places = self.state.program.placement[use.source]
-        if places[max(microbatch, 0)] == self.place:
-            self.add_grad(use.tensor, microbatch, grad)
-        else:
-            key = (use.tensor, microbatch, consumer)
-            held = self.mine.outgoing.get(key)  # a segment may take one tensor in two ways
-            self.mine.outgoing[key] = grad if held is None else held if grad is None else held + grad
+        if self.state.program.placement[use.source][max(microbatch, 0)] != self.place:
+            self.owe(use.tensor, microbatch, grad, consumer)
+        elif grad is not None:
+            self.add_grad((use.tensor, microbatch), grad)
 
-    def add_grad(self, name: str, microbatch: int, grad: torch.Tensor | None) -> None:
-        if grad is None:
-            return
-        held = self.mine.grads.get((name, microbatch))
-        self.mine.grads[name, microbatch] = grad if held is None else held + grad
+    def owe(self, name: str, microbatch: int, grad: torch.Tensor | None, consumer: int) -> None:
+        """Keep a gradient to be sent."""
+        key = (name, microbatch, consumer)
+        held = self.mine.outgoing.get(key)  # a segment may take one tensor in two ways
+        self.mine.outgoing[key] = grad if held is None else held if grad is None else held + grad
+
+    def add_grad(self, key: Key, grad: torch.Tensor) -> None:
+        held = self.mine.grads.get(key)
+        self.mine.grads[key] = grad if held is None else held + grad
 
     def input_grad(self, use: Use, grad: torch.Tensor, microbatch: int) -> None:
         """Collect the gradient of a model input: rows where they belong, sums where they overlap."""
@@ -329,28 +341,24 @@ class Worker:
     # -- transfers -------------------------------------------------------------------------------------------------
 
     def send(self, step: Step) -> None:
-        instruction = step.instruction
-        name, microbatch = instruction.tensor, instruction.microbatch
-        if instruction.grad:
-            value = self.mine.outgoing.pop((name, microbatch, instruction.segment), None)
-            key = name, microbatch, instruction.segment, True
-        else:
-            value, key = self.mine.values[name, microbatch], (name, microbatch, -1, False)
-        peer = instruction.peer
-        for there in (peer,) if self.seat is None else receivers(self.state.program, self.seat, peer):
-            self.exchange.send(there, key, value)
+        instruction, message = step.instruction, step.message
+        value = self.mine.outgoing.pop(message[:3], None) if instruction.grad else self.mine.values[step.value]
+        if self.seat is None:
+            self.exchange.send(instruction.peer, message, value)
+            return
+        for there in receivers(self.state.program, self.seat, instruction.peer):
+            self.exchange.send(there, message, value)
 
     def receive(self, step: Step) -> None:
-        instruction = step.instruction
-        name, microbatch = instruction.tensor, instruction.microbatch
-        if instruction.grad:
-            value = self.exchange.receive(self.name, (name, microbatch, instruction.segment, True))
-            if value is not None:
-                self.add_grad(name, microbatch, value.to(self.mine.device))
+        value = self.exchange.receive(self.name, step.message)
+        if value is None:
+            return
+        if value.device != self.mine.device:
+            value = value.to(self.mine.device)
+        if step.instruction.grad:
+            self.add_grad(step.value, value)
         else:
-            value = self.exchange.receive(self.name, (name, microbatch, -1, False))
-            value = value if value.device == self.mine.device else value.to(self.mine.device)
-            self.mine.values[name, microbatch] = value
+            self.mine.values[step.value] = value
 
     # -- errors ----------------------------------------------------------------------------------------------------
 
@@ -368,5 +376,10 @@ class Worker:
         line = f"\n  at {op.source}" if op is not None and op.source else ""
         return ExecutionError(f"{type(error).__name__} in {where}: {error}{line}")
 
+
+WAYS = {
+    "alias": Worker.alias_of, "given": Worker.from_caller, "once": Worker.from_caller, "value": Worker.value_of,
+    "joined": Worker.joined,
+}  # fmt: skip
 
 __all__ = ["DeviceState", "Run", "StepState", "Worker"]
