@@ -1,4 +1,8 @@
-"""The public verbs: each a few lines over the floors below."""
+"""The public verbs: each a few lines over the floors below.
+
+What only ranks or described clusters need is imported where they are met: ``torch.distributed.tensor`` alone takes as
+long to import as all else here.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +25,6 @@ from partita.manual import plan_from_cuts, plan_live
 from partita.measure import forget_timings, kept_timings, local_cluster, measure_call
 from partita.plan import Plan
 from partita.planners.constraints import Constraints
-from partita.planners.large.result import plan_large
-from partita.ranks import divide as divide_over_ranks
-from partita.ranks import verify as verify_over_ranks
 from partita.runtime.compare import Comparison, allow_rounding, compare, observe, observe64
 from partita.runtime.distributed import launched
 from partita.runtime.front import LazyParallel, device_names, dividing
@@ -101,6 +102,8 @@ def parallelize(
         return found, measured if objective == "train" else None
 
     if launched():
+        from partita.ranks import divide as divide_over_ranks
+
         plan = plan if plan is not None else os.environ.get("PARTITA_PLAN")
         return divide_over_ranks(model, capture=read, choose=choose, devices=devices, memory=memory, loss_fn=loss_fn)
     cluster = local_cluster(devices, memory)
@@ -160,6 +163,8 @@ def plan_for_cluster(
     constraints: Constraints | Mapping[str, Any] | None = None,
 ) -> Plan:
     """The best degrees of parallelism for a large model (meta tensors do) on a described cluster, in closed form."""
+    from partita.planners.large.result import plan_large
+
     captured = _capture(model, example_args, example_kwargs)
     if captured.live:
         raise PlanError(f"this model runs as it is, so there is nothing to plan: {captured.live}")
@@ -194,6 +199,8 @@ def split(
         return plan
 
     if launched():
+        from partita.ranks import divide as divide_over_ranks
+
         return divide_over_ranks(model, capture=read, choose=choose, devices=devices, memory=memory, loss_fn=loss_fn)
     cluster = local_cluster(devices, memory)
     return ParallelModule(model, choose(read(), cluster), cluster, loss_fn=loss_fn)
@@ -254,6 +261,8 @@ def verify(
         return parallelize(subject, args, kwargs, devices=devices, plan=chosen)
 
     if launched():
+        from partita.ranks import verify as verify_over_ranks
+
         return verify_over_ranks(model, args, kwargs, divided, rtol=rtol, atol=atol, seed=seed)
     parallel = divided(model)
     try:

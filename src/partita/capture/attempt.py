@@ -165,13 +165,8 @@ class _Capture:
         fakes = {id(t): tracer.enter(name, t, role, name) for name, (t, role) in self.names.items()}
         inputs = [tracer.enter(n, t, "input", n) for n, t in zip(self.inputs, leaves, strict=True)]
         small = sum(t.numel() * t.element_size() for t in self.tensors.values()) < COPY_BYTES
-        real = {}
-        for name, (tensor, role) in self.names.items():
-            copy = tensor.detach().clone() if small or role == "buffer" else tensor.detach()
-            real[name] = copy.requires_grad_(tensor.requires_grad)
-        for name, leaf in zip(self.inputs, leaves, strict=True):
-            real[name] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
         borrowed = frozenset() if small else frozenset(n for n, (_, role) in self.names.items() if role == "parameter")
+        real = {n: t for n, (t, _) in self.names.items()} | dict(zip(self.inputs, leaves, strict=True))
         tracer.shadow = Shadow(tracer.trace, real, borrowed)
         return inputs, fakes
 

@@ -16,17 +16,27 @@ from partita.graph import Arg, refs
 class Shadow:
     """Real tensors by name. Runs each recorded call once, when first asked for something behind it.
 
-    ``borrowed``: names of tensors that are the user's own memory and must not be written.
+    It works on copies of ``tensors``, made when first needed (few models read values), but for those in ``borrowed``,
+    which are the user's own memory and must not be written.
     """
 
     def __init__(self, trace: Trace, tensors: Mapping[str, torch.Tensor], borrowed: frozenset[str]) -> None:
         self.trace, self.position = trace, 0
-        self.values: dict[str, Any] = dict(tensors)
+        self.values: dict[str, Any] = {}
         self.real = all(t.device.type != "meta" for t in tensors.values())
         self.borrowed, self.done = borrowed, set[str]()
+        self._originals = dict(tensors)
+
+    def _copy(self) -> None:
+        with tc.no_function_modes(), torch.inference_mode(False):
+            for name, tensor in self._originals.items():
+                own = tensor.detach() if name in self.borrowed else tensor.detach().clone()
+                self.values[name] = own.requires_grad_(tensor.requires_grad)
+        self._originals = {}
 
     def catch_up(self) -> None:
         """Carry out what was recorded since."""
+        self._copy()
         for name, constant in self.trace.constants.items():
             self.values.setdefault(name, constant)
         while self.position < len(self.trace.calls):

@@ -6,9 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import Progress
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @contextmanager
@@ -24,6 +25,9 @@ def progress_bar(title: str, total: int, *, show: bool = True) -> Iterator[Calla
             bar.advance(task)
 
     if show and sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
         bar = Progress(console=Console(stderr=True), transient=True)
         task = bar.add_task(title, total=total)
     try:
