@@ -269,6 +269,7 @@ class Exchange:
             value = self._data(peer, state, index, kind, dtype, sizes, posted.buffer)
             if order != sorted(order):
                 value = turned_back(value, order)
+            value = value.detach()  # no view of the buffer to autograd: a worker may make it a leaf as it is
         state.line.nbytes[index] = 0 if value is None else value.numel() * value.element_size()
         state.done += 1
         self._post(peer)
