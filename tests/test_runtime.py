@@ -166,14 +166,31 @@ def test_autograd_grad_gives_gradients_without_touching_grad() -> None:
     assert all(p.grad is None for p in parallel.parameters())
 
 
-def test_backward_twice_says_what_to_do() -> None:
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+def test_two_losses_of_one_call_may_go_backward_one_after_the_other(schedule: str) -> None:
+    model, parallel = pair(schedule=schedule)
+    x, _ = batch()
+    results = []
+    for call in (model, parallel):
+        own = x.clone().requires_grad_()
+        out = call(own)
+        by_first = torch.autograd.grad(out[:, :2].mean(), list(call.parameters()), retain_graph=True)
+        out[:, 2:].square().mean().backward(retain_graph=True)
+        out[:, 0].sum().backward()
+        results.append([*by_first, own.grad, *(p.grad for p in call.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+
+
+def test_backward_twice_without_retaining_says_what_to_do() -> None:
     _, parallel = pair()
     x, t = batch()
-    loss = F.cross_entropy(parallel(x), t)
-    loss.backward(retain_graph=True)
-    with pytest.raises(UsageError, match="second time.*Call the module again"):
-        loss.backward()
-    F.cross_entropy(parallel(x), t).backward()
+    loss = F.cross_entropy(parallel(x), t) * 2
+    parts = parallel(x)
+    parts[:, 0].sum().backward()
+    with pytest.raises(UsageError, match="second time.*retain_graph=True"):
+        parts[:, 1].sum().backward()
+    loss.backward()
 
 
 def test_gradients_of_gradients_are_refused() -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from dividing import Case, assert_same, cases, cluster, differences, divided, divided_hard, training_step
 from torch import nn
 
+import partita
 from partita.capture import capture
 from partita.errors import PartitaError
 from partita.plan import Plan, Stage
@@ -622,3 +623,47 @@ def test_values_made_without_gradient_from_weights_cross_stages() -> None:
     norm = nn.utils.spectral_norm
     model = nn.Sequential(norm(nn.Linear(6, 8)), nn.ReLU(), norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 2))
     assert_same(model, (torch.randn(8, 6),), at=["2", "4"], only=few)
+
+
+class Stateful(nn.Module):
+    """In eval mode the blocks write their part of a state, which a plan made in training knows nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state = torch.zeros(3, *x.shape) if not self.training else None
+        for k, layer in enumerate((self.a, self.b, self.c)):
+            x = torch.tanh(layer(x))
+            if state is not None:
+                state[k] = x
+        return (x,) if state is None else (x, state)
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_memory_changed_in_place_across_the_stages_of_a_plan_made_for_another_mode(microbatches: int) -> None:
+    model = Stateful()
+    parallel = divided(model, (torch.randn(6, 4),), at=["b", "c"], microbatches=microbatches)
+    model.eval()
+    x = torch.randn(6, 4)
+    torch.testing.assert_close(parallel(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_modules_inside_vmap_run_where_it_runs() -> None:
+    class Penalty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def energy(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.tanh(self.a(x))).sum()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.func.vmap(torch.func.grad(self.energy))(x).square().sum(1)
+
+    model = Penalty()
+    parallel = partita.split(model, (torch.randn(6, 4),), at=["b"], devices=["cpu", "cpu"])
+    x = torch.randn(6, 4)
+    torch.testing.assert_close(parallel(x), model(x))
+    parallel.close()

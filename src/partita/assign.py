@@ -95,6 +95,44 @@ def assign(plan: Plan, graph: Graph) -> dict[str, int]:
     return pulled(graph, complete(graph, listed(plan, graph)))
 
 
+def stages_of(plan: Plan, graph: Graph) -> dict[str, int]:
+    """``assign`` for a graph that the plan may not have been made for (another mode, other arguments): ops that change
+    one memory in place run where it was made, however many stages that takes together.
+
+    What is in the way moves to later stages, as little as there is: a stage that has only a copy would change that.
+    """
+    stage = assign(plan, graph)
+    groups = [(*writers, *others) for _, writers, others in changed_in_place(graph)]
+    if all(len({stage[op.name] for op in group}) < 2 for group in groups):
+        return stage
+    before: dict[str, int] = {}
+    while before != stage:
+        before = dict(stage)
+        for group in groups:
+            stage.update(dict.fromkeys((op.name for op in group), max(stage[op.name] for op in group)))
+        for op in graph.ops:
+            makers = [i for i in map(graph.producer, op.uses()) if i is not None]
+            stage[op.name] = max(stage[op.name], *(stage[graph.ops[i].name] for i in makers), 0)
+    return stage
+
+
+def changed_in_place(graph: Graph) -> list[tuple[str, list[Op], list[Op]]]:
+    """(memory, the ops that change it, the op that made it or, for what comes from outside, all that use it)."""
+    touching: dict[str, list[Op]] = {}
+    written: dict[str, list[Op]] = {}
+    for op in graph.ops:
+        for base in {graph.tensor(t).base or t for t in op.uses()}:
+            touching.setdefault(base, []).append(op)
+        for base in op.writes:
+            written.setdefault(base, []).append(op)
+    found = []
+    for base, writers in written.items():
+        producer = graph.producer(base)
+        others = [graph.ops[producer]] if producer is not None else touching.get(base, [])
+        found.append((base, writers, others))
+    return found
+
+
 def pulled(graph: Graph, stage: Mapping[str, int]) -> dict[str, int]:
     """``stage`` with each op that follows no other stage's work no later than the first op that uses its result."""
     free: set[str] = set()

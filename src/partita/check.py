@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Protocol
 
-from partita.assign import assign, covers
+from partita.assign import assign, changed_in_place, covers
 from partita.check_tensor import tensor_problems
 from partita.cluster import Cluster
 from partita.errors import PlanError
@@ -254,25 +254,17 @@ def _few(lines: list[str], rest: str, limit: int = 6) -> list[str]:
 
 def _in_place(graph: Graph, stage_of: Mapping[str, int]) -> list[str]:
     """Memory changed in one stage and made, or (for a buffer) used, in another."""
-    touching: dict[str, list[Op]] = {}
-    written: dict[str, list[Op]] = {}
-    for op in graph.ops:
-        for base in {graph.tensor(t).base or t for t in op.uses()}:
-            touching.setdefault(base, []).append(op)
-        for base in op.writes:
-            written.setdefault(base, []).append(op)
     lines = []
-    for base, writers in written.items():
-        producer = graph.producer(base)
-        others = [graph.ops[producer]] if producer is not None else touching.get(base, [])
+    for base, writers, others in changed_in_place(graph):
         for writer in writers:
             apart = next((o for o in others if stage_of[o.name] != stage_of[writer.name]), None)
             if apart is None:
                 continue
             tensor = graph.tensor(base)
+            verb = "made" if graph.producer(base) is not None else "uses"
             lines.append(
                 f"stage {stage_of[writer.name]} runs {_where(writer)}, which changes {tensor.path or base!r} in place; "
-                f"{_where(apart)} in stage {stage_of[apart.name]} {'made' if producer is not None else 'uses'} it: "
+                f"{_where(apart)} in stage {stage_of[apart.name]} {verb} it: "
                 "keep both in one stage"
             )
             break

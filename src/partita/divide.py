@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from partita.assign import assign
+from partita.assign import stages_of
 from partita.graph import Graph
 from partita.lockstep import effective
 from partita.phases import divides, phases_of
@@ -62,7 +62,7 @@ def divide(
         return None
     used, _ = effective(graph, layouts, leaders(plan), batch)
     sizes = plan.batch.split(batch) if batch > 0 and divides(graph, used) else (batch,)
-    stage_of = assign(plan, graph)
+    stage_of = stages_of(plan, graph)
     phases = phases_of(graph, used, single=len(sizes) == 1)
     outside, shared = _outside(graph, stage_of, phases), _shared(graph, stage_of, phases)
     segment_of = {op.name: (stage_of[op.name], phases[op.name]) for op in graph.ops}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from partita.assign import assign
+from partita.assign import stages_of
 from partita.graph import Graph, Op
 from partita.plan import Plan
 from partita.sharding.batch import BatchLayouts
@@ -22,7 +22,7 @@ def effective(graph: Graph, layouts: BatchLayouts, plan: Plan, batch: int) -> tu
         return layouts, False
     if not can_synchronise(graph):
         return layouts, False
-    stage_of = assign(plan, graph)
+    stage_of = stages_of(plan, graph)
     norms = {stage_of[op.name] for op in _norms(graph)}
     if any(len(set(plan.stages[s].devices)) != count for s in norms):
         return layouts, False

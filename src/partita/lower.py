@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from partita.assign import Names, assign
+from partita.assign import Names, stages_of
 from partita.divide import Division, divide, leaders
 from partita.graph import Graph, Op
 from partita.lockstep import effective
@@ -50,7 +50,7 @@ def lower(
     layouts, synchronised = effective(graph, layouts, plan, batch)
     sizes = plan.batch.split(batch) if batch > 0 and divides(graph, layouts) else (batch,)
     if division is None:
-        stage_of: Mapping[str, int] = assign(plan, graph)
+        stage_of: Mapping[str, int] = stages_of(plan, graph)
         phases: Mapping[str, str] = phases_of(graph, layouts, single=len(sizes) == 1)
     else:
         graph, layouts = division.graph, division.members[0].layouts

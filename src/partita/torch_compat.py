@@ -47,6 +47,7 @@ __all__ = [
     "force_eager",
     "global_hooks",
     "has_grad_hooks",
+    "keeps_graph",
     "no_function_modes",
     "no_modes",
     "no_view",
@@ -152,6 +153,11 @@ def saving_is_hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def keeps_graph() -> bool:
+    """Whether the backward at work was told to keep its graph (``retain_graph=True``). Public: none."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
 def global_hooks() -> tuple[int, ...]:
     """Identities of the hooks registered for all modules at once. Public: registering them only."""
     module = sys.modules["torch.nn.modules.module"]
@@ -189,11 +195,11 @@ def wrapped(tensor: torch.Tensor) -> bool:
 _ENGINE: Any = torch.autograd.Variable._execution_engine
 
 
-def run_backward(roots: Sequence[object], grads: Sequence[torch.Tensor]) -> None:
-    """``torch.autograd.backward`` from GradientEdges whose gradients fit them. Public: that, which looks at every
+def run_backward(roots: Sequence[object], grads: Sequence[torch.Tensor], keeps: bool = False) -> None:
+    """``torch.autograd.backward`` from GradientEdges whose gradients fit them; ``keeps`` the graph. Public: that, which looks at every
     gradient in Python, twice what a small backward takes, and imports sympy to do so."""
     _ENGINE.run_backward(
-        tuple(roots), tuple(grads), False, False, (), allow_unreachable=True, accumulate_grad=True
+        tuple(roots), tuple(grads), keeps, False, (), allow_unreachable=True, accumulate_grad=True
     )  # retain_graph, create_graph, inputs
 
 

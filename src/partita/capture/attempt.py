@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from partita.capture.beside import Beside
 from partita.capture.captured import Captured
 from partita.capture.frames import line_of, line_of_forward
 from partita.capture.generalise import Disagree, Line, build, extrapolates, join, live, own_constants
@@ -56,22 +57,29 @@ def capture(
     *,
     forward: Callable[..., Any] | None = None,
     guards: bool = True,
+    beside: Beside | None = None,
 ) -> Captured:
     """The Graph of ``forward(*args, **kwargs)`` (default: the model itself), and what running it needs.
 
     The model, its buffers and all random generators are afterwards what they were. Raises CaptureError where even
     running the model as it is cannot work. Without ``guards`` a module that reads values of the inputs runs as one
-    piece.
+    piece. ``beside``: what ``forward`` runs that is no part of the model.
     """
     with _ONE_AT_A_TIME, _quiet():
-        return _Capture(model, tuple(args), dict(kwargs or {}), forward or model, guards).result()
+        return _Capture(model, tuple(args), dict(kwargs or {}), forward or model, guards, beside or Beside()).result()
 
 
 class _Capture:
     def __init__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[..., Any], guards: bool
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        forward: Callable[..., Any],
+        guards: bool,
+        beside: Beside,
     ) -> None:
-        self.model, self.forward, self.guards = model, forward, guards
+        self.model, self.forward, self.guards, self.beside = model, forward, guards, beside
         self.leaves, self.structure = take_apart((args, kwargs))
         self.inputs = tuple(_input_name(path) for path in self.structure.paths)
         self.in_contents = self.structure.contents()
@@ -131,7 +139,7 @@ class _Capture:
 
     def fails_for_real(self) -> Exception | None:
         """What goes wrong when the model runs as it is on the example inputs."""
-        state = ModuleState(self.model)
+        state = ModuleState(self.model, self.beside)
         own = list(self.tensors.values())
         copies = [t.detach().clone().requires_grad_(t.requires_grad) for t in own]
         args, kwargs = put_together(
@@ -178,14 +186,18 @@ class _Capture:
             return self.trace(leaves, watch=True)
 
     def trace(self, leaves: list[torch.Tensor], *, watch: bool) -> tuple[Trace, list[Call]]:
-        state = ModuleState(self.model)
+        state = ModuleState(self.model, self.beside)
         try:
             tracer = self.run(leaves, watch=watch)
             for path, name, value in state.outside_changes():
                 if memo_of(tracer, value) != "memo":
-                    line = line_of_forward(self.model.get_submodule(path))
+                    line = line_of_forward(state.modules[path])
                     raise Break(f"forward (or a hook) changes {name}, which is no part of the model,", "", line)
             changes = state.changes()
+            for path, attribute in changes:
+                if path in state.others:
+                    what = f"the loss function changes {attribute!r} of {path.rstrip(':')}"
+                    raise Break(what, "", line_of_forward(state.modules[path]))
             if changes:
                 left = self.excuse(tracer, leaves, state, changes)
                 tracer.trace.left = tuple(left)
@@ -258,7 +270,7 @@ class _Capture:
                 state.put_back(path, attribute)
                 again.append((path, attribute))
         first = {c: vars(state.modules[c[0]]).get(c[1]) for c in changes if c not in again}
-        between = ModuleState(self.model)
+        between = ModuleState(self.model, self.beside)
         known = {id(t) for t in self.tensors.values()}
         originals = {id(fake): id(real) for real, fake in tracer.entered if id(real) in known}
         try:

@@ -70,7 +70,7 @@ class Contents:
     def hold(self) -> bool:
         """Whether nothing in it (not in the values it holds) has changed."""
         try:
-            now, then = self.live if self.live is not None else _view(self.value), self.then
+            now, then = self.live if self.live is not None else view(self.value), self.then
             if self.size >= 0 and len(now) != self.size:
                 return False
             get = dict.__getitem__ if isinstance(now, dict) else getitem  # past what a subclass makes of it
@@ -136,7 +136,7 @@ def named_by(functions: Iterable[Any]) -> Iterator[tuple[dict[str, Any], str]]:
                 value = space[name]
                 if callable(value) and not isinstance(value, type) and _users(getattr(value, "__module__", "")):
                     pending.append(value)
-        pending.extend(v for v in _view(function).values() if isinstance(v, types.FunctionType))
+        pending.extend(v for v in view(function).values() if isinstance(v, types.FunctionType))
 
 
 def _users(module: str | None) -> bool:
@@ -156,7 +156,7 @@ def _follow(value: Any, seen: set[int], depth: int, objects: int) -> Iterator[Co
     if not depth or not objects or id(value) in seen or not (isinstance(value, tuple) or _mutable(value)):
         return
     seen.add(id(value))
-    parts = _view(value)
+    parts = view(value)
     if isinstance(value, np.ndarray) or (isinstance(value, set | deque) and len(value) <= ITEMS):
         yield Contents(value, parts.copy())
         return
@@ -189,7 +189,7 @@ def _mutable(value: Any) -> bool:
     if isinstance(value, (*_CLOSED, *PLAIN)):
         return False
     if isinstance(value, types.FunctionType | types.MethodType):  # a decorator's closure holds functions: no state
-        return not all(isinstance(v, _CODE) for v in _view(value).values())
+        return not all(isinstance(v, _CODE) for v in view(value).values())
     return is_object(value)
 
 
@@ -204,7 +204,7 @@ def is_object(value: Any) -> bool:
     return hasattr(value, "__dict__") or bool(getattr(type(value), "__slots__", ()))
 
 
-def _view(value: Any) -> Any:
+def view(value: Any) -> Any:
     """What a value holds: a mapping by key or name, or the value itself."""
     if isinstance(value, list | tuple | dict | set | deque | np.ndarray):
         return value

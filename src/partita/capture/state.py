@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from partita.capture.beside import Beside
 from partita.capture.contents import ITEMS, is_object, named_by
 from partita.capture.structure import identical
 from partita.torch_compat import version
@@ -160,13 +161,17 @@ def _put_back(container: Any, contents: Any) -> None:
 
 
 class ModuleState:
-    """The attributes of every module of a model at one moment, and the containers that its methods and hooks find by
-    name or in closures. Buffers' and parameters' values are not kept here."""
+    """The attributes of every module of a model (and ``beside`` it) at one moment, and the containers that methods and
+    hooks find by name or in closures. Buffers' and parameters' values are not kept here."""
 
     DEPTH = 4
 
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = {p: m for p, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+    def __init__(self, model: nn.Module, beside: Beside | None = None) -> None:
+        beside = beside or Beside()
+        known = set(map(id, model.modules()))
+        self.others = {p: m for p, m in beside.named_modules().items() if id(m) not in known}
+        every = {**dict(model.named_modules()), **self.others}
+        self.modules = {p: m for p, m in every.items() if not isinstance(m, torch.jit.ScriptModule)}
         self.contents: dict[int, Any] = {}
         self.digests: dict[str, dict[str, Any]] = {}
         self.attributes: dict[str, dict[str, Any]] = {}
@@ -178,7 +183,7 @@ class ModuleState:
             for value in own.values():
                 _copy_container(value, self.DEPTH, self.contents)
             self.digests[path] = self._picture(module)
-        self.outside, self.cached = outside(self.modules)
+        self.outside, self.cached = outside(self.modules, beside)
         for _, _, value in self.outside:
             _copy_container(value, self.DEPTH, self.contents)
         self.classes = {c: _data_of(c) for c in _classes(self.modules)}
@@ -197,6 +202,8 @@ class ModuleState:
             found.extend((path, k) for k in both if now.get(k, _MISSING) != then.get(k, _MISSING))
             if set(module._modules) != set(self.registries[path][2]):
                 found.append((path, "_modules"))
+            if path in self.others and _differ(module._buffers, self.registries[path][1]):
+                found.append((path, "_buffers"))  # the model's own become writes to the old ones (keep_buffers)
         return found
 
     def outside_changes(self) -> list[tuple[str, str, Any]]:
@@ -268,16 +275,17 @@ def _data_of(cls: type) -> dict[str, Any]:
     return {n: v for n, v in vars(cls).items() if not n.startswith("__") and isinstance(v, kinds)}
 
 
-def outside(modules: dict[str, nn.Module]) -> tuple[list[tuple[str, str, Any]], list[Any]]:
-    """Mutable values that the modules' methods and hooks reach beside the modules: (module path, name, value), and the
-    functions with an ``lru_cache``."""
+def outside(modules: dict[str, nn.Module], beside: Beside) -> tuple[list[tuple[str, str, Any]], list[Any]]:
+    """Mutable values that the modules' methods and hooks and a loss function reach beside the modules: (module path,
+    name, value), and the functions with an ``lru_cache``."""
     classes = _classes(modules)
     functions: list[tuple[str, Any]] = []
     for path, module in modules.items():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         functions.extend((path, hook) for hook in hooks)
     functions += [(path, f) for cls, path in classes.items() for f in vars(cls).values() if callable(f)]
-    found: dict[int, tuple[str, str, Any]] = {}
+    functions += [("", f) for f in beside.functions]
+    found = {id(o): ("", f"an object of {type(o).__name__} that the loss function uses", o) for o in beside.objects}
     cached: dict[int, Any] = {}
     for path, function in functions:
         if isinstance(function, types.MethodType) and not isinstance(function.__self__, nn.Module):

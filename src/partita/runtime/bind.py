@@ -20,6 +20,7 @@ from torch import nn
 
 from partita import torch_compat as tc
 from partita.capture import Captured, capture
+from partita.capture.beside import Beside, beside
 from partita.capture.contents import PLAIN, Contents, contents_of, globals_of, of_class
 from partita.errors import UsageError
 from partita.runtime.local import Local
@@ -55,7 +56,8 @@ class Bound:
 
 @dataclass(frozen=True)
 class Census:
-    """What a graph depends on in the model. ``modules`` are kept alive, so that no other takes their identity.
+    """What a graph depends on in the model, or in what its loss function reaches. ``modules`` are kept alive, so that
+    no other takes their identity.
 
     ``tensors``: classes, modes, hooks, and of parameters and buffers all but the values. ``kept``: of each module the
     number of its attributes, those that are numbers or texts, and the others, which must be the very same objects.
@@ -67,10 +69,10 @@ class Census:
     kept: tuple[tuple[int, dict[str, Any], tuple[tuple[str, Any], ...]], ...]
     contents: tuple[tuple[int, Contents], ...]
 
-    def holds(self, model: nn.Module, ignored: frozenset[object]) -> bool:
+    def holds(self, ignored: frozenset[object], *roots: nn.Module) -> bool:
         """Whether nothing differs now, but for the attributes that are ``ignored``: (module's identity, name), or the
         identity alone for all of a module's."""
-        modules = modules_of(model)
+        modules = modules_of(*roots)
         if len(modules) != len(self.modules) or any(a is not b for a, b in zip(modules, self.modules, strict=True)):
             return False
         if _tensors(modules) != self.tensors:
@@ -82,9 +84,8 @@ class Census:
                 return False
         return all(owner in ignored or contents.hold() for owner, contents in self.contents)
 
-    def difference(self, model: nn.Module) -> str:
-        """What differs now, for a person."""
-        names = {id(module): name for name, module in model.named_modules()}
+    def difference(self, names: dict[int, str]) -> str:
+        """What differs now, for a person; ``names``: the modules' by identity."""
         for module, (_, kept, bound) in zip(self.modules, self.kept, strict=True):
             own = vars(module)
             changed = _changed(kept, bound, own)
@@ -121,10 +122,10 @@ def _excused(
     return bool(changed) and all((id(module), name) in ignored for name in changed)
 
 
-def modules_of(model: nn.Module) -> list[nn.Module]:
+def modules_of(*roots: nn.Module) -> list[nn.Module]:
     """Every module once, in a fixed order; faster than ``model.modules()``."""
     found: dict[int, nn.Module] = {}
-    stack = [model]
+    stack = list(roots)
     while stack:
         module = stack.pop()
         if id(module) not in found:
@@ -154,9 +155,9 @@ def _tensors(modules: list[nn.Module]) -> tuple[object, ...]:
     return tuple(facts)
 
 
-def census(model: nn.Module) -> Census:
-    """The model as it is now."""
-    modules = modules_of(model)
+def census(*roots: nn.Module, reached: Beside | None = None) -> Census:
+    """The model as it is now; with ``reached``, what a loss function reaches besides modules."""
+    modules = modules_of(*roots)
     kept, seen, classes = [], set[int](), dict[type, None]()
     contents: list[tuple[int, Contents]] = []
     for module in modules:
@@ -167,6 +168,9 @@ def census(model: nn.Module) -> Census:
         contents.extend((id(module), c) for c in contents_of((v for _, v in bound), seen))
         classes.update(dict.fromkeys(c for c in type(module).__mro__ if not c.__module__.startswith("torch.")))
     functions = [f for cls in classes for f in vars(cls).values() if isinstance(f, types.FunctionType)]
+    if reached is not None:
+        functions += reached.functions
+        contents.extend((CODE, c) for c in contents_of([reached.root, *reached.functions, *reached.objects], seen))
     contents.extend((CODE, c) for c in (*map(of_class, classes), *globals_of(functions, seen)))
     return Census(tuple(modules), _tensors(modules), tuple(kept), tuple(contents))
 
@@ -194,10 +198,13 @@ Place = tuple[str, dict[str, Any], str]  # name in the graph, registry of the ow
 
 @dataclass(eq=False)
 class Entry:
-    """One captured graph, what it was made for, and where its parameters and buffers stand."""
+    """One captured graph, what it was made for, and where its parameters and buffers stand. ``loss``: what its loss
+    function reaches, ``apart`` from the model; None where there is none."""
 
     key: tuple[object, ...]
     census: Census
+    loss: Beside
+    apart: Census | None
     picture: tuple[object, ...]
     captured: Captured
     engine: Local | None
@@ -205,6 +212,10 @@ class Entry:
     parameters: list[Place] = field(default_factory=list)
     buffers: list[Place] = field(default_factory=list)
     read: list[tuple[dict[str, Any], str, torch.Tensor]] = field(default_factory=list)  # buffers whose values it read
+
+    def lossless(self) -> bool:
+        """Whether the loss function's own part is what it was."""
+        return self.apart is None or self.apart.holds(frozenset(), *self.loss.modules)
 
     def fits(self, leaves: list[torch.Tensor]) -> bool:
         """Whether every value that the model read is the one the graph was made for."""
@@ -237,32 +248,48 @@ class Binder:
         self._lock = threading.Lock()
         self._again = 0
 
-    def bind(self, what: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
-        """The graph for a call like this (captured now where there is none yet), and the call's tensors."""
+    def bind(
+        self, what: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+        loss_fn: Callable[..., Any] | None = None,
+    ) -> Bound:  # fmt: skip
+        """The graph for a call like this (captured now where there is none yet), and the call's tensors.
+
+        ``loss_fn``: what ``forward`` runs besides the model. Where its own values change from call to call no graph
+        holds it: then, as for a model that runs live, there is no engine.
+        """
         if tc.transforming():
             raise UsageError(
                 "a divided model cannot run inside vmap or another transform of torch.func, which would not reach its "
                 "devices; apply the transform to the undivided model (.module)"
             )
         key = (what, *situation())
-        missed = 0
+        missed = changed = 0
         for entry in self.entries:
-            if entry.key != key or not entry.census.holds(self.model, entry.ignored):
+            if entry.key != key or entry.loss.root is not loss_fn:
+                continue
+            if not entry.census.holds(entry.ignored, self.model):
                 continue
             leaves = entry.captured.flatten(args, kwargs)
             if leaves is None or picture(leaves) != entry.picture:
                 continue
-            if entry.fits(leaves):
+            if not entry.lossless():
+                changed += 1
+            elif entry.fits(leaves):
                 return entry.bound(leaves, args, kwargs)
-            missed += 1
+            else:
+                missed += 1
+            if changed >= GUARDED:
+                return Bound(None, entry.captured, {}, {})
         with _capturing:
             now = census(self.model)
+            reached = beside(loss_fn)
+            apart = census(*reached.modules, reached=reached) if loss_fn is not None else None
             self._tell(key)
             with self.around():
-                captured = capture(self.model, args, kwargs, forward=forward, guards=missed < GUARDED)
+                captured = capture(self.model, args, kwargs, forward=forward, guards=missed < GUARDED, beside=reached)
         leaves = captured.flatten(args, kwargs)
         assert leaves is not None, "the call just captured"
-        entry = self._entry(key, now, captured, leaves)
+        entry = self._entry(Entry(key, now, reached, apart, picture(leaves), captured, None))
         with self._lock:
             same = {id(m) for m in now.modules}
             kept = [e for e in self.entries if same == {id(m) for m in e.census.modules}]
@@ -272,20 +299,23 @@ class Binder:
     def _tell(self, key: tuple[object, ...]) -> None:
         """A word where calls are captured again and again for no other reason than Python values that change."""
         last = next((entry for entry in self.entries if entry.key == key), None)
-        if last is not None and not last.census.holds(self.model, last.ignored):
+        if last is not None and not last.census.holds(last.ignored, self.model):
             self._again += 1
             if self._again == AGAIN:
+                names = {id(module): name for name, module in self.model.named_modules()}
                 warnings.warn(
                     f"the model has been captured anew {AGAIN} times because what it depends on changes between calls "
-                    f"(this time {last.census.difference(self.model)}): keep such values out of its reach, in a buffer "
+                    f"(this time {last.census.difference(names)}): keep such values out of its reach, in a buffer "
                     "or among the inputs say, to save the seconds",
                     stacklevel=4,
                 )
 
-    def _entry(self, key: tuple[object, ...], now: Census, captured: Captured, leaves: list[torch.Tensor]) -> Entry:
-        made = picture(leaves)
+    def _entry(self, entry: Entry) -> Entry:
+        """The entry of what has just been captured, with its engine and where its tensors stand."""
+        captured, now = entry.captured, entry.census
         if captured.live:
-            return Entry(key, now, made, captured, None, frozenset((CODE, *(id(m) for m in now.modules))))
+            entry.ignored = frozenset((CODE, *(id(m) for m in now.modules)))
+            return entry
         ignored: set[object] = {(id(e.module), e.attribute) for e in captured.effects}
         ignored.update((id(module), attribute) for module, attribute in captured.left)
         for opaque in captured.opaques.values():
@@ -293,15 +323,14 @@ class Binder:
             if isinstance(module, nn.Module):
                 ignored.update(id(m) for m in module.modules())
         find = dict(self.model.named_modules())
-        places: dict[str, list[Place]] = {"parameter": [], "buffer": []}
+        places: dict[str, list[Place]] = {"parameter": entry.parameters, "buffer": entry.buffers}
         for tensor in captured.graph.of_role("parameter", "buffer"):
             owner, _, name = tensor.path.rpartition(".")
             registry = getattr(find[owner], "_parameters" if tensor.role == "parameter" else "_buffers")
             places[tensor.role].append((tensor.name, registry, name))
-        read = []
         for path, was in ((p, t) for guard in captured.guards for p, t in guard.tensors.items()):
             owner, _, name = path.rpartition(".")
             if owner in find and name in find[owner]._buffers:
-                read.append((find[owner]._buffers, name, was))
-        return Entry(key, now, made, captured, self.engine(captured), frozenset(ignored),
-                     places["parameter"], places["buffer"], read)  # fmt: skip
+                entry.read.append((find[owner]._buffers, name, was))
+        entry.engine, entry.ignored = self.engine(captured), frozenset(ignored)
+        return entry

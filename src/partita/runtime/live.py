@@ -17,7 +17,7 @@ from torch import nn
 from partita.plan import Plan
 from partita.runtime.local import torch_device
 from partita.runtime.team import Team
-from partita.torch_compat import pytree, saving_is_hooked
+from partita.torch_compat import pytree, saving_is_hooked, transforming
 
 
 def placed_modules(module: nn.Module, plan: Plan) -> dict[str, str]:
@@ -86,7 +86,9 @@ def _sender(forward: Callable[..., Any], name: str, device: str, team: Team, act
     def run(*args: Any, **kwargs: Any) -> Any:
         if active or torch.compiler.is_compiling():  # on a device's thread already; inside torch.cond, which compiles
             return forward(*args, **kwargs)
-        if target.type == "cpu" and saving_is_hooked():  # as in a checkpoint: of this thread alone
+        if transforming():  # vmap, grad: of this thread alone
+            return forward(*args, **kwargs)
+        if target.type == "cpu" and saving_is_hooked():  # as in a checkpoint, likewise
             return forward(*args, **kwargs)
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         casts = [(k, torch.get_autocast_dtype(k)) for k in ("cpu", "cuda") if torch.is_autocast_enabled(k)]

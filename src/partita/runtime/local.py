@@ -48,7 +48,10 @@ class Lowered:
 
 
 class Local:
-    """One captured model under one plan on the devices of this process."""
+    """One captured model under one plan on the devices of this process. ``repeats``: whether backward can run more
+    than once after one forward."""
+
+    repeats = True
 
     def __init__(self, captured: Captured, layouts: BatchLayouts, plan: Plan, cluster: Cluster, team: Team) -> None:
         self.captured, self.layouts, self.plan, self.team = captured, layouts, plan, team

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 
 class WithLoss:
     """``forward`` of a training step: the model, then the loss."""
 
-    def __init__(self, module: nn.Module, loss_fn: Callable[..., torch.Tensor] | None) -> None:
+    def __init__(self, module: Callable[..., Any], loss_fn: Callable[..., torch.Tensor] | None) -> None:
         self.module, self.loss_fn = module, loss_fn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ from partita.runtime.pieces import Piece, local_pieces
 from partita.runtime.team import Team
 from partita.runtime.worker import StepState
 from partita.sharding.batch import layouts
-from partita.torch_compat import not_compiled
+from partita.torch_compat import keeps_graph, not_compiled
 from partita.trace import Trace
 from partita.united import with_united
 
@@ -94,12 +94,16 @@ class _Call:
         return outputs
 
     def backward(self, grads: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
-        state, self.state = self.state, None
+        state = self.state
         if state is None or self.lowered.backward is None:
+            kept = "keep them with retain_graph=True, " if self.engine.repeats else ""
             raise UsageError(
                 "backward was called a second time on one call of a ParallelModule; its activations are gone. "
-                "Call the module again, or add the losses before one backward()"
+                f"Call the module again, {kept}or add the losses before one backward()"
             )
+        state.keeps = self.engine.repeats and keeps_graph()
+        if not state.keeps:
+            self.state = None
         for name, grad in zip(self.made, grads, strict=True):
             if grad is not None:
                 self.engine.seed(state, name, grad)
@@ -108,7 +112,9 @@ class _Call:
         if self.record:
             self.trace = self.engine.trace(state)
             self.done(self.trace)
-        return tuple(found.pop(n, state.input_grads.get(n)) for n in self.differentiable)
+        found = {**state.input_grads, **found}
+        state.input_grads.clear()
+        return tuple(found.pop(n, None) for n in self.differentiable)
 
 
 class ParallelModule(nn.Module):
@@ -183,9 +189,8 @@ class ParallelModule(nn.Module):
         step = WithLoss(self.module, self.loss_fn)
         with torch.enable_grad():
             bound = self._bind("step", step, args, kwargs)
-            if bound.engine is None:
-                with self._lock, dispatched(self.module, placed_modules(self.module, self.plan), self._team):
-                    loss: torch.Tensor = step(*args, **kwargs)
+            if bound.engine is None:  # no graph holds the loss: the model divided, its loss here
+                loss: torch.Tensor = WithLoss(self.forward, self.loss_fn)(*args, **kwargs)
                 loss.backward()  # type: ignore[no-untyped-call]
                 return loss.detach()
             engine, graph = bound.engine, bound.captured.graph
@@ -203,6 +208,9 @@ class ParallelModule(nn.Module):
                 engine.run(state, lowered.step)
                 loss = engine.gather(state, name, self.output_device)
                 deliver(bound.parameters, engine.parameter_grads(state))
+                if state.input_grads:
+                    wanting = [bound.given[n] for n in state.input_grads]
+                    torch.autograd.backward(wanting, list(state.input_grads.values()))
                 if watch is not None:
                     watch.note(graph.batch, time.perf_counter() - began)
                 if self.record:
@@ -288,7 +296,8 @@ class ParallelModule(nn.Module):
 
     def _bind(self, what: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """The engine for a call like this (captured now if there is none yet), and the call's tensors by name."""
-        return self._binder.bind(what, forward, args, kwargs)
+        loss_fn = forward.loss_fn if isinstance(forward, WithLoss) else None
+        return self._binder.bind(what, forward, args, kwargs, loss_fn)
 
     # -- as a module -----------------------------------------------------------------------------------------------
 

@@ -62,7 +62,8 @@ class DeviceState:
 
 @dataclass(eq=False)
 class StepState:
-    """One step: what the caller gave, what each device holds, what came out."""
+    """One step: what the caller gave, what each device holds, what came out. ``keeps``: this backward is not the last
+    one, so what it goes through stays."""
 
     graph: Graph
     program: Program
@@ -77,6 +78,7 @@ class StepState:
     lock: threading.Lock = field(default_factory=threading.Lock)
     origin: float = field(default_factory=perf_counter)
     record: bool = False
+    keeps: bool = False
     inference: bool = field(default_factory=torch.is_inference_mode_enabled)
     batch: int = field(init=False)
 
@@ -264,18 +266,20 @@ class Worker:
 
     def backward(self, step: Step) -> None:
         mine, index, microbatch = self.mine, step.instruction.segment, step.instruction.microbatch
-        run = mine.runs.pop((index, microbatch))
+        keeps, key = self.state.keeps, (index, microbatch)
+        run = mine.runs[key] if keeps else mine.runs.pop(key)
         roots, grads = [], []
-        for key, edge in run.outputs.items():
-            grad = mine.grads.pop(key, None)
+        for output, edge in run.outputs.items():
+            grad = mine.grads.pop(output, None)
             if grad is not None:
                 roots.append(edge)
                 grads.append(grad)
-        mine.queue.key = (index, microbatch)
-        run.outputs = {}
+        mine.queue.key = key
+        if not keeps:
+            run.outputs = {}
         try:
             if roots:
-                run_backward(roots, grads)
+                run_backward(roots, grads, keeps)
         except Exception as error:
             raise self.failure(index, error, "backward of ") from error
         for inlet, leaf in run.leaves:

@@ -38,6 +38,8 @@ from partita.trace import Trace
 class Distributed(Local):
     """One captured model under one plan on the ranks of a World."""
 
+    repeats = False  # what other ranks' parts were gathered for is gone after a backward
+
     def __init__(
         self, captured: Captured, layouts: BatchLayouts, plan: Plan, cluster: Cluster, team: Team, world: World,
         holding: Holding, shards: Shards, sent: Sent,
