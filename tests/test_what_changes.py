@@ -545,3 +545,28 @@ def test_parts_are_found_and_cannot_be_set_where_nothing_would_use_them() -> Non
         parallel.a = nn.Linear(4, 6)
     with pytest.raises(AttributeError, match=r"\.module\.setup"):
         parallel.setup  # noqa: B018
+
+
+class Taught(Base):
+    """A frozen teacher that ``state_dict`` does not see."""
+
+    def setup(self) -> None:
+        self.teacher = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).requires_grad_(False)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            told = self.teacher[0](x)
+        return self.b(self.hidden(x)) - told
+
+
+def test_the_mode_and_the_tensors_of_a_module_hidden_in_a_list_are_followed() -> None:
+    def script(model: nn.Module, call: Callable[..., Any]) -> list[Any]:
+        teacher = model.teacher[0]
+        found = []
+        for change in (teacher.train, teacher.eval, lambda: setattr(teacher[0], "bias", None), teacher.train):
+            change()
+            torch.manual_seed(2)
+            found.append(call(x()))
+        return found
+
+    both(Taught, script)

@@ -18,7 +18,7 @@ from torch import nn
 
 from partita.capture.beside import Beside
 from partita.capture.captured import Captured
-from partita.capture.frames import line_of, line_of_forward
+from partita.capture.frames import line_of, line_of_forward, place_of
 from partita.capture.generalise import Disagree, Line, build, extrapolates, join, live, own_constants
 from partita.capture.guards import make_guards
 from partita.capture.memory import Change, Effect, Spoilt, Tally, keep_buffers, memo_of, memo_of_tensors, step_of
@@ -132,7 +132,7 @@ class _Capture:
                     if found.__cause__ is not None and (problem := self.fails_for_real()):
                         raise CaptureError(
                             f"{type(self.model).__name__} cannot run on the example inputs: {type(problem).__name__}: "
-                            f"{str(problem).strip()} at {line_of(problem)}. "
+                            f"{str(problem).strip()}{place_of(problem, self.model)}. "
                             "Check that model(*args, **kwargs) works before dividing it."
                         ) from problem
                     return reason

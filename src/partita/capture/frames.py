@@ -16,6 +16,9 @@ _CHECKPOINT = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
 _STDLIB = str(Path(linecache.__file__).parent) + "/"
 
 
+UNKNOWN = "an unknown line"
+
+
 @lru_cache(maxsize=4096)
 def _foreign(filename: str) -> bool:
     """Torch's, ours, or Python's own: not the user's."""
@@ -61,7 +64,21 @@ def line_of(error: BaseException) -> str:
         if not _foreign(trace.tb_frame.f_code.co_filename):
             found = _line(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
         trace = trace.tb_next
-    return found or "an unknown line"
+    return found or UNKNOWN
+
+
+def place_of(error: BaseException, model: torch.nn.Module) -> str:
+    """The innermost module of the model that an error passed through, and the innermost user's line:
+    `` in module 'head' (Linear) at file.py:12: y = f(x)``; what is not known is left out."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    inside, trace = "", error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if trace.tb_frame.f_code.co_name == "forward" and paths.get(id(owner)):
+            inside = f" in module '{paths[id(owner)]}' ({type(owner).__name__})"
+        trace = trace.tb_next
+    line = line_of(error)
+    return inside + (f" at {line}" if line != UNKNOWN else "")
 
 
 def line_of_forward(module: torch.nn.Module) -> str:
