@@ -196,8 +196,8 @@ _ENGINE: Any = torch.autograd.Variable._execution_engine
 
 
 def run_backward(roots: Sequence[object], grads: Sequence[torch.Tensor], keeps: bool = False) -> None:
-    """``torch.autograd.backward`` from GradientEdges whose gradients fit them; ``keeps`` the graph. Public: that, which looks at every
-    gradient in Python, twice what a small backward takes, and imports sympy to do so."""
+    """``torch.autograd.backward`` from GradientEdges whose gradients fit them; ``keeps`` the graph. Public: that,
+    which looks at every gradient in Python, twice what a small backward takes, and imports sympy to do so."""
     _ENGINE.run_backward(
         tuple(roots), tuple(grads), keeps, False, (), allow_unreachable=True, accumulate_grad=True
     )  # retain_graph, create_graph, inputs
