@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from partita import device_names, plan_file
 from partita.errors import PlanError, UsageError
-from partita.plan import Batch, Plan, Predicted, Stage
+from partita.plan import Batch, Offload, Plan, Predicted, Stage
 from partita.plan_text import counted, shorten
 
 BY_HAND = """\
@@ -47,6 +47,7 @@ stages = st.builds(
     modules=st.lists(names, max_size=5).map(tuple),
     ops=st.lists(names, max_size=3).map(tuple),
     recompute=st.lists(names, max_size=3).map(tuple),
+    offload=st.lists(names, max_size=2).map(lambda found: Offload(tuple(found))),
     shard=st.dictionaries(names, placements, max_size=2).map(lambda d: tuple(d.items())),
 )
 batches = st.one_of(

@@ -34,7 +34,7 @@ def problems(draw: st.DrawFn, *, dag: bool = False, most_blocks: int = 5) -> Pro
     times = Times(
         rows(num_pools, n, 2) + 0.5, rows(num_pools, n, 2), rows(num_pools, n, 2),
         rows(num_pools, n) if joined else np.zeros((num_pools, n)), saved, kept, rows(n, 2), rows(n) * joined,
-        rows(n, 2),
+        rows(n, 2), np.minimum(rows(n, 2), saved),
     )  # fmt: skip
     single = replace(times, whole=np.zeros((num_pools, n)), whole_saved=np.zeros(n))
     if dag:
@@ -47,9 +47,10 @@ def problems(draw: st.DrawFn, *, dag: bool = False, most_blocks: int = 5) -> Pro
         edges.append(Edge(0, (1, n - 1), 1.0, float(draw(number))))
     weights = [Weights((i,), float(draw(st.integers(0, 40))), 0.0) for i in range(n)]
     weights = [replace(w, trained=w.nbytes) for w in weights] + [Weights((0, n - 1), 20.0, 20.0)]
+    hosts = st.sampled_from([0.0, 0.1, 1.0])
     memory = st.one_of(st.just(1e9), st.integers(60, 900).map(float))
     pools = tuple(
-        Pool(f"p{i}", tuple(f"p{i}:{k}" for k in range(c)), draw(memory), draw(st.booleans()))
+        Pool(f"p{i}", tuple(f"p{i}:{k}" for k in range(c)), draw(memory), draw(st.booleans()), host=draw(hosts))
         for i, c in enumerate(counts)
     )
     return Problem(
@@ -60,7 +61,7 @@ def problems(draw: st.DrawFn, *, dag: bool = False, most_blocks: int = 5) -> Pro
         joined=joined, sync=draw(st.booleans()), latency=draw(st.sampled_from([0.0, 3.0])),
         seconds_per_byte=draw(st.sampled_from([0.0, 0.1])), reduce_seconds_per_byte=0.05,
         may_recompute=tuple(range(n)) if draw(st.booleans()) else (),
-        recompute=draw(st.sampled_from([(), (0,)])),
+        recompute=draw(st.sampled_from([(), (0,)])), may_offload=tuple(range(n)),
         together=draw(st.sampled_from([(), ((0, n - 1),)])),
         breaks=(n - 1,) if n > 1 and draw(st.integers(0, 3)) == 0 else (),
         pools_of=((0, (0,)),) if draw(st.integers(0, 3)) == 0 else (),

@@ -1,9 +1,9 @@
 """The planner against trying every plan: ``python -m benchmarks.planner.agreement [--problems 2000] [--seed 0]``.
 
 Joint problems drawn by hypothesis: up to five blocks in a chain or graph on up to four devices of one or two kinds;
-stages, replicas, tensor degrees, ZeRO levels, microbatches, schedule and recomputation are chosen together under each
-device's memory, with links from free to slow, parts that need the whole batch, weights that blocks share, and
-constraints. An answer called optimal must be as fast as the fastest of all plans; one with a gap must be no further
+stages, replicas, tensor degrees, ZeRO levels, microbatches, schedule, recomputation and offload are chosen together
+under each device's memory, with links from free to slow, parts that need the whole batch, weights that blocks share,
+and constraints. An answer called optimal must be as fast as the fastest of all plans; one with a gap must be no further
 from it than its gap; infeasible must mean that no plan fits. Every second problem is a set of them: all ways to make
 teams of the devices, at all ZeRO levels. Prints the counts; exits 1 at a disagreement, with the problem shrunk.
 """
@@ -48,7 +48,7 @@ def problems(draw: st.DrawFn, *, dag: bool, most: int = 5) -> Problem:
     split = Times(
         rows(num_pools, n, 2) + 0.5, rows(num_pools, n, 2), rows(num_pools, n, 2),
         rows(num_pools, n) if joined else np.zeros((num_pools, n)), saved, np.minimum(rows(n, 2), saved), rows(n, 2),
-        rows(n) * joined, rows(n, 2),
+        rows(n) * joined, rows(n, 2), np.minimum(rows(n, 2), saved),
     )  # fmt: skip
     single = replace(split, whole=np.zeros((num_pools, n)), whole_saved=np.zeros(n))
     if dag:
@@ -63,9 +63,10 @@ def problems(draw: st.DrawFn, *, dag: bool, most: int = 5) -> Problem:
     weights = [Weights((i,), size, size) for i, size in enumerate(sizes)]
     if draw(st.booleans()):
         weights.append(Weights((0, n - 1), 20.0, draw(st.sampled_from([0.0, 20.0]))))
+    hosts = st.sampled_from([0.0, 0.02, 0.2, 1.0])
     memory = st.one_of(st.just(1e9), st.integers(60, 900).map(float))
     pools = tuple(
-        Pool(f"p{i}", tuple(f"p{i}:{k}" for k in range(c)), draw(memory), draw(st.booleans()))
+        Pool(f"p{i}", tuple(f"p{i}:{k}" for k in range(c)), draw(memory), draw(st.booleans()), host=draw(hosts))
         for i, c in enumerate(counts)
     )
     return Problem(
@@ -78,6 +79,8 @@ def problems(draw: st.DrawFn, *, dag: bool, most: int = 5) -> Problem:
         seconds_per_byte=draw(st.sampled_from([0.0, 0.1, 1.0])), reduce_seconds_per_byte=0.05,
         may_recompute=tuple(range(n)) if draw(st.booleans()) else (),
         recompute=draw(st.sampled_from([(), (), (0,)])),
+        may_offload=tuple(range(n)) if any(p.host for p in pools) else (),
+        offload=(n - 1,) if n > 1 and all(p.host for p in pools) and draw(st.integers(0, 4)) == 0 else (),
         together=draw(st.sampled_from([(), (), ((0, n - 1),)])),
         breaks=(n - 1,) if n > 1 and draw(st.integers(0, 3)) == 0 else (),
         pools_of=((0, (0,)),) if draw(st.integers(0, 3)) == 0 else (),
@@ -134,7 +137,7 @@ def divided(draw: st.DrawFn, base: Problem, members: int) -> Shares:
         return replace(
             times, forward=part(times.forward) + wait, backward=part(times.backward) + wait, weight=part(times.weight),
             saved=part(times.saved), kept=np.minimum(times.kept, times.saved / members),
-            transient=part(times.transient),
+            transient=part(times.transient), gone=np.minimum(times.gone, times.saved / members),
         )  # fmt: skip
 
     weights = tuple(replace(w, nbytes=w.nbytes / members, trained=w.trained / members) for w in base.weights)

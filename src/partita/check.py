@@ -66,7 +66,7 @@ def check(
         stage_of = assign(plan, graph)
         problems += _order(plan, graph, stage_of)
         problems += _in_place(graph, stage_of)
-        problems += _recompute(plan, graph, stage_of)
+        problems += _kept(plan, graph, stage_of)
         problems += _empty(plan, graph, stage_of, bool(names))
         problems += tensor_problems(plan, graph, stage_of)
     problems += _memory(cluster, memory or {})
@@ -186,17 +186,33 @@ def _names(plan: Plan, graph: Graph) -> list[str]:
         for name in stage.recompute:
             if name and name not in op_names and not _runs(name, modules):
                 problems.append(_unknown(f"stage {s} recomputes {name!r}", name, graph, modules))
+        for name in stage.offload.activations:
+            if name and name not in op_names and not _runs(name, modules):
+                problems.append(_unknown(f"stage {s} offloads the activations of {name!r}", name, graph, modules))
     return problems
 
 
-def _recompute(plan: Plan, graph: Graph, stage_of: Mapping[str, int]) -> list[str]:
-    """Names a stage recomputes though another stage runs them."""
+def _kept(plan: Plan, graph: Graph, stage_of: Mapping[str, int]) -> list[str]:
+    """Names a stage recomputes or offloads though another stage runs them, or it does both to one op."""
     lines = []
     for s, stage in enumerate(plan.stages):
-        for name in stage.recompute:
-            where = {stage_of[op.name] for op in graph.ops if op.name == name or (name and covers(name, op.module))}
-            if where and s not in where:
-                lines.append(f"stage {s} lists {name!r} under recompute, but stage {min(where)} runs it: list it there")
+        ways: dict[str, dict[str, str]] = {}
+        for word, names in (("recompute", stage.recompute), ("offload", stage.offload.activations)):
+            for name in names:
+                ops = [op.name for op in graph.ops if op.name == name or (name and covers(name, op.module))]
+                where = {stage_of[op] for op in ops}
+                if where and s not in where:
+                    lines.append(
+                        f"stage {s} lists {name!r} under {word}, but stage {min(where)} runs it: list it there"
+                    )
+                ways.setdefault(word, {}).update(dict.fromkeys((op for op in ops if stage_of[op] == s), name))
+        both = [op for op in ways.get("recompute", ()) if op in ways.get("offload", ())]
+        pairs = dict.fromkeys((ways["recompute"][op], ways["offload"][op]) for op in both)
+        lines += [
+            f"stage {s} lists {again!r} under recompute and {away!r} under offload: what is made again has nothing to "
+            "bring back; list each part under one of them"
+            for again, away in pairs
+        ]
     return lines
 
 

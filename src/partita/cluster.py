@@ -19,6 +19,7 @@ class Device:
     ``memory_bytes``: what a plan may use. ``flops``: float32 operations per second a large matrix product reaches.
     ``memory_bandwidth``: bytes per second. ``cores``: of a CPU group. ``overhead_seconds``: floor of one op.
     ``half_flops``: peak operations per second in 16 bits, products summed in 32 (0: no faster than float32).
+    ``host_bandwidth``: bytes per second between its memory and its host's, each way (0: one memory, or not known).
     """
 
     name: str
@@ -30,6 +31,7 @@ class Device:
     overhead_seconds: float = 5e-6
     node: int = 0
     half_flops: float = 0.0
+    host_bandwidth: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

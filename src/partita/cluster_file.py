@@ -102,6 +102,7 @@ def _joined(nodes: Sequence[_Node]) -> Cluster:
                 overhead_seconds=preset.overhead_seconds,
                 node=index,
                 half_flops=preset.half_flops,
+                host_bandwidth=preset.host,
             )
             for i in range(node.per_node)
         ]
@@ -160,6 +161,7 @@ class _Device(msgspec.Struct):
     overhead: str = "5us"
     node: int = 0
     half_flops: str = "0"
+    host_bandwidth: str = "0"
 
 
 class _Link(msgspec.Struct):
@@ -201,6 +203,7 @@ def loads(text: str, source: str = "the cluster") -> Cluster:
                 overhead_seconds=_amount(reader, (*at, "overhead"), entry.overhead, "seconds", zero=True),
                 node=entry.node,
                 half_flops=_amount(reader, (*at, "half_flops"), entry.half_flops, "flop/s", zero=True),
+                host_bandwidth=_amount(reader, (*at, "host_bandwidth"), entry.host_bandwidth, "B/s", zero=True),
             )
         )
         if any(d.name == entry.name for d in devices[:-1]):
@@ -284,6 +287,8 @@ def dumps(cluster: Cluster) -> str:
         )
         if device.half_flops:
             entry["half_flops"] = _spell(device.half_flops, "flop/s")
+        if device.host_bandwidth:
+            entry["host_bandwidth"] = _spell(device.host_bandwidth, "B/s")
         if device.cores:
             entry["cores"] = FlowList(device.cores)
         if device.node:

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from partita.assign import Names, stages_of
+from partita.cost.away import leaving
+from partita.cost.table import given_bytes
 from partita.divide import Division, divide, leaders
 from partita.graph import Graph, Op
 from partita.lockstep import effective
@@ -55,7 +57,7 @@ def lower(
     else:
         graph, layouts = division.graph, division.members[0].layouts
         stage_of, phases = division.stage_of, division.phases
-    segments = _segments(graph, layouts, plan, stage_of, phases, single=len(sizes) == 1)
+    segments = _segments(graph, layouts, plan, stage_of, phases, sizes)
     placement = tuple(_placement(s, plan, len(sizes)) for s in segments)
     builder = _Builder(graph, segments, placement, sizes, train)
     joined = part != "step" or any(s.phase == "whole" for s in segments)
@@ -81,9 +83,9 @@ def _segments(
     plan: Plan,
     stage_of: Mapping[str, int],
     phases: Mapping[str, str],
-    *,
-    single: bool,
+    sizes: tuple[int, ...],
 ) -> tuple[Segment, ...]:
+    single = len(sizes) == 1
     keys: list[tuple[int, str]] = [(ONCE_STAGE, "once")]
     keys += [(s, "split") for s in range(len(plan.stages))]
     keys += [(s, "whole") for s in range(len(plan.stages))]
@@ -129,6 +131,7 @@ def _segments(
             )
         )
     result = []
+    position_of = {op.name: at for at, op in enumerate(graph.ops)} if any(s.offload for s in plan.stages) else {}
     for i, (stage, phase) in enumerate(live):
         ops = members[(stage, phase)]
         outputs = tuple(o for op in ops for o in op.outputs if o in wanted)
@@ -136,8 +139,32 @@ def _segments(
         rewritten = phase == "split" and not single
         rescaled = tuple(op.name for op in ops if op.name in layouts.rewrites) if rewritten else ()
         names = tuple(op.name for op in ops)
-        result.append(Segment(stage, phase, names, uses_of[i], outputs, recompute, choices_of[i], rescaled))
+        offload = _listed(ops, plan.stages[stage].offload.activations) if stage >= 0 else ()
+        away: tuple[tuple[str, int], ...] = ()
+        if offload:
+            at, samples = [position_of[name] for name in names], max(sizes) if phase == "split" else sum(sizes)
+            away = leaving(graph, at, offload, recompute, outputs, given_bytes(graph), samples)
+        result.append(
+            Segment(stage, phase, names, uses_of[i], outputs, recompute, choices_of[i], rescaled, offload, away)
+        )
     return tuple(result)
+
+
+def _listed(ops: list[Op], patterns: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """Index ranges of the ops of each listed module or op."""
+    names = Names([p] for p in patterns)
+    single = {p: at for at, p in reversed(tuple(enumerate(patterns)))}
+    ranges: list[tuple[int, int]] = []
+    owner = -1
+    for i, op in enumerate(ops):
+        found = [at for at in (names.first(op.module), single.get(op.name)) if at is not None]
+        match = min(found, default=-1)
+        if match >= 0 and match == owner:
+            ranges[-1] = (ranges[-1][0], i + 1)
+        elif match >= 0:
+            ranges.append((i, i + 1))
+        owner = match
+    return tuple(ranges)
 
 
 def _held(graph: Graph, layouts: BatchLayouts, phases: Mapping[str, str], name: str) -> Layout:

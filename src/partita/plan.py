@@ -12,6 +12,18 @@ from os import PathLike
 
 
 @dataclass(frozen=True, slots=True)
+class Offload:
+    """What of a stage waits in host memory: ``activations``: modules or ops whose saved tensors leave the device in
+    forward and come back for backward.
+    """
+
+    activations: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.activations)
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
     """A part of the model. Several devices: replicas, which take the microbatches in turn.
 
@@ -25,6 +37,7 @@ class Stage:
     recompute: tuple[str, ...] = ()
     shard: tuple[tuple[str, str], ...] = ()
     tensor: int = 1
+    offload: Offload = Offload()
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:

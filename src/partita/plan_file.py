@@ -16,7 +16,7 @@ import msgspec
 
 from partita.device_names import expanded, shortened, shortened_keys
 from partita.errors import PlanError, UsageError
-from partita.plan import Batch, Plan, Predicted, Stage
+from partita.plan import Batch, Offload, Plan, Predicted, Stage
 from partita.strict_yaml import Flow, FlowList, Reader, dump, read_text, write_text
 from partita.units import parse_bytes
 
@@ -39,6 +39,10 @@ class _Batch(msgspec.Struct):
     sizes: tuple[int, ...] = ()
 
 
+class _Offload(msgspec.Struct):
+    activations: tuple[str, ...] = ()
+
+
 class _Stage(msgspec.Struct):
     devices: tuple[str, ...]
     modules: tuple[str, ...] = ()
@@ -46,6 +50,7 @@ class _Stage(msgspec.Struct):
     recompute: tuple[str, ...] = ()
     shard: dict[str, tuple[str, ...]] = {}
     tensor: int = 1
+    offload: _Offload = msgspec.field(default_factory=_Offload)
 
 
 class _Predicted(msgspec.Struct):
@@ -161,6 +166,7 @@ def _to_plan(file: _File) -> Plan:
             recompute=stage.recompute,
             shard=tuple((name, ", ".join(placements)) for name, placements in stage.shard.items()),
             tensor=stage.tensor,
+            offload=Offload(stage.offload.activations),
         )
         for stage in file.stages
     )
@@ -231,6 +237,8 @@ def _stage_tree(stage: Stage) -> dict[str, Any]:
     for key in ("modules", "ops", "recompute"):
         if getattr(stage, key):
             tree[key] = FlowList(getattr(stage, key))
+    if stage.offload:
+        tree["offload"] = Flow(activations=FlowList(stage.offload.activations))
     if stage.tensor > 1:
         tree["tensor"] = stage.tensor
     if stage.shard:

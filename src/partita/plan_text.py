@@ -76,7 +76,7 @@ def _some(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     if len(rows) <= MOST_ROWS:
         return list(rows)
     left_out = len(rows) - MOST_ROWS + 1
-    return [*rows[: MOST_ROWS - 4], ("...", f"{left_out} stages more", "", "", ""), *rows[-3:]]
+    return [*rows[: MOST_ROWS - 4], ("...", f"{left_out} stages more", *[""] * (len(rows[0]) - 2)), *rows[-3:]]
 
 
 def explain(plan: Plan) -> str:
@@ -97,15 +97,21 @@ def explain(plan: Plan) -> str:
     if plan.batch_norm != "exact":
         lines.append("batch statistics are taken per microbatch, as allowed: numbers differ from the unsplit model's")
     memory = dict(plan.predicted.memory) if plan.predicted else {}
-    rows = []
+    rows: list[tuple[str, ...]] = []
+    hosted = any(stage.offload for stage in plan.stages)
     for i, stage in enumerate(plan.stages):
         parts = shorten(stage.modules)
         if stage.ops:
             parts = f"{parts}{' + ' if parts else ''}{len(stage.ops)} op{'s' if len(stage.ops) != 1 else ''}"
         need = counted([format_bytes(memory[d]) for d in stage.devices if d in memory])
         runs = parts or "what no other stage lists"
-        rows.append((str(i), shorten(shortened(stage.devices)), runs, shorten(stage.recompute) or "-", need or "-"))
-    lines += ["", *table(("stage", "devices", "runs", "recomputes", "peak memory"), _some(rows))]
+        kept = [shorten(stage.recompute) or "-", shorten(stage.offload.activations) or "-"]
+        rows.append((str(i), shorten(shortened(stage.devices)), runs, *kept[: 1 + hosted], need or "-"))
+    titles = ("stage", "devices", "runs", "recomputes", *["offloads"] * hosted, "peak memory")
+    lines += ["", *table(titles, _some(rows))]
+    cores = [d for stage in plan.stages if stage.offload for d in stage.devices if d.startswith("cpu")]
+    if cores:
+        lines += ["", f"offload gains nothing on {shorten(shortened(cores))}: the host's memory is theirs"]
     sharded: dict[tuple[str, str], list[str]] = {}
     for i, stage in enumerate(plan.stages):
         for entry in stage.shard:

@@ -67,8 +67,10 @@ class Segment:
 
     ``phase``: 'once' (before everything, no gradient), 'split' (for each microbatch), 'whole' (after the join).
     ``outputs``: tensors other segments or the caller need. ``recompute``: index ranges [a, b) of ``ops`` whose
-    activations are dropped and made again in backward. ``choices``: (op, tensor, index into ``uses``) where a segment
-    takes one tensor in two ways. ``rescaled``: ops whose result must be told the microbatch's share of the batch.
+    activations are dropped and made again in backward. ``offload``: ranges of which something waits in host memory till
+    backward: of each (tensor, position) in ``away`` its memory goes after the op there. ``choices``: (op, tensor, index
+    into ``uses``) where a segment takes one tensor in two ways. ``rescaled``: ops whose result must be told the
+    microbatch's share of the batch.
     """
 
     stage: int
@@ -79,6 +81,8 @@ class Segment:
     recompute: tuple[tuple[int, int], ...] = ()
     choices: tuple[tuple[str, str, int], ...] = ()
     rescaled: tuple[str, ...] = ()
+    offload: tuple[tuple[int, int], ...] = ()
+    away: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,11 @@ the given costs; devices of one host slow each other down as ``cost.beside`` say
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from partita.cluster import Cluster
+from partita.cost.away import has_host
 from partita.cost.beside import paces
 from partita.cost.memory import optimizer_factor, shares_memory
 from partita.cost.table import SegmentCost
@@ -68,6 +70,8 @@ class _Run:
         weights = {i.segment for _, items in program.instructions for i in items if i.kind == "W"}
         self.splits_backward = weights if len(program.sizes) > 1 else set[int]()  # one microbatch puts nothing off
         self.memory = _Memory(program, costs, optimizer, processes)
+        self.memory.hosted = frozenset(d for d in self.lists if has_host(cluster.device(d)))
+        self.copying: dict[str, float] = {}  # until when a device's link to its host is busy
         self.pace = pace
         self.spans: dict[tuple[str, int], tuple[float, float, float]] = {}  # of what shares a memory, for ``paces``
         self.eases = any(cost.alone < 1.0 for (_, device), cost in costs.items() if shares_memory(device))
@@ -143,7 +147,7 @@ class _Run:
             return 0.0
         samples = samples_of(self.program, item)
         if item.kind == "F":
-            return cost.forward.at(samples)
+            return cost.forward.at(samples) + self._waits_forward(device, cost, samples)
         if item.kind == "W" and item.segment not in self.splits_backward:
             return 0.0
         if item.kind == "W":  # a run of W steps is one product per weight: what does not grow is paid once
@@ -151,8 +155,24 @@ class _Run:
         key = (item.segment, device)
         first = 0.0 if key in self.begun else cost.first.at(samples)
         self.begun.add(key)
-        both = cost.backward.at(samples) + first
+        both = cost.backward.at(samples) + first + self._waits_backward(device, item, cost, samples)
         return both if item.segment in self.splits_backward else both + cost.weight.at(samples)
+
+    def _waits_forward(self, device: str, cost: SegmentCost, samples: int) -> float:
+        """Seconds for which what goes to the host holds up the computing."""
+        if not cost.trips.ranges or not self.program.train:
+            return 0.0
+        start = self.clock[device]
+        waits, busy = cost.trips.forward(samples, max(self.copying.get(device, 0.0) - start, 0.0))
+        self.copying[device] = start + cost.forward.at(samples) + waits + busy
+        return waits
+
+    def _waits_backward(self, device: str, item: Instruction, cost: SegmentCost, samples: int) -> float:
+        if not cost.trips.ranges:
+            return 0.0
+        busy = max(self.copying.get(device, 0.0) - self.clock[device], 0.0)
+        there = self.memory.there.get(device) == (item.segment, item.microbatch)
+        return cost.trips.backward(samples, busy, there=there)
 
     def _reduce(self) -> None:
         """Replicas' gradients are added when all have ended, each device a share (read both, write one)."""
@@ -225,6 +245,9 @@ class _Memory:
         self.leaving: dict[tuple[str, str, int, bool], set[Message]] = {}
         self.leaving_bytes: dict[tuple[str, str, int, bool], float] = {}
         self.later_sent: dict[tuple[str, int, int], dict[tuple[str, str, int, bool], int]] = {}
+        self.hosted: frozenset[str] = frozenset()  # devices whose host has a memory of its own
+        self.there: dict[str, tuple[int, int]] = {}  # whose last range has not left yet
+        self.staying: dict[str, float] = {}
 
     def _add(self, device: str, change: float, transient: float = 0.0) -> None:
         self.now[device] += change
@@ -262,12 +285,20 @@ class _Memory:
             return
         samples = samples_of(self.program, item)
         saved = cost.saved.at(samples)
+        if device not in self.hosted:  # what goes to the host goes nowhere
+            saved += cost.trips.nbytes.at(samples)
         if not shares_memory(device):  # rows of what the caller made are copied here
             saved += cost.rows.at(samples)
         if item.kind == "F":
             rise = max((line.at(samples) for line in cost.rises.forward), default=0.0)
             joined = cost.joined.at(samples)  # till the step's end: its gradient is what all parts' gradients view
             train = self.program.train
+            if cost.trips.ranges and train:
+                self._leave(device)
+                self.there[device] = item.segment, item.microbatch
+                stays = self.staying[device] = cost.trips.last.at(samples)
+                self._add(device, saved + joined + stays, max(rise - stays, 0.0))
+                return
             self._add(device, saved + joined if train else 0.0, rise if train else rise + joined)
             if not self.program.train:
                 self._ends(device, item)
@@ -276,6 +307,10 @@ class _Memory:
             if ends_run:
                 self._flush(device, splits_backward)
         else:
+            if self.there.get(device) == (item.segment, item.microbatch):
+                self._leave(device)
+            elif cost.trips.ranges:
+                cost = replace(cost, rises=cost.fetched)
             self._gradients(device, item, cost, samples, splits_backward)
             self._add(device, (max(cost.owed.at(samples), 0.0) if splits_backward else 0.0) - saved)
             for key, nbytes in self.later_sent.pop((device, item.segment, item.microbatch), {}).items():
@@ -284,6 +319,11 @@ class _Memory:
                     self._add(device, nbytes)
             if not splits_backward:
                 self._ends(device, item)
+
+    def _leave(self, device: str) -> None:
+        """The last range of what went to the host goes too, or is used."""
+        self.there.pop(device, None)
+        self._add(device, -self.staying.pop(device, 0.0))
 
     def _ends(self, device: str, item: Instruction) -> None:
         self._add(device, -self.boundary.pop((device, item.microbatch), 0.0))

@@ -94,10 +94,13 @@ def lives(
     *,
     sent: Iterable[str] = (),
     train: bool = True,
+    gone: Mapping[str, int] = MappingProxyType({}),
 ) -> Lives:
     """``index``: the segment's ops; ``kept``: of every op of the graph; ``recompute``: ranges of positions whose
     activations are dropped and made again: what enters one stays, what it saves comes back when it is undone. ``sent``:
     what others take: they keep it until they have its gradient; so does whoever makes a loss of the graph's outputs.
+    ``gone``: bases that wait in host memory, and the position at which they have left in forward and are back in
+    backward (``away.ways``): nothing of them is ``saved``.
     """
     n = len(index)
     position = {int(op): at for at, op in enumerate(index)}
@@ -116,6 +119,10 @@ def lives(
         here = range_of.get(at)
         for k in kept[i]:
             inside = [position[s] for s in k.savers if s in position]
+            if k.base in gone:
+                ends[k.base] = min(inside)
+                alive(undone, min(inside), gone[k.base], k.size)
+                continue
             again = [s for s in inside if here is not None and range_of.get(s) == here]
             marks = [range_of[s][0] if s in range_of else s for s in inside if s not in again]
             marks += [start for start in enters.get(k.base, ()) if k.base]
@@ -161,7 +168,7 @@ def lives(
                 last[base] = at if here is None or range_of.get(made[base]) == here else here[1] - 1
     for base, at in made.items():
         if base not in stays and graph.tensor(base).role == "op":
-            alive(done, at, last[base] + 1, tensor_bytes(graph, base))
+            alive(done, at, max(last[base] + 1, gone.get(base, 0)), tensor_bytes(graph, base))
     made_at: dict[int, list[str]] = {}
     for base, at in made.items():
         made_at.setdefault(at, []).append(base)

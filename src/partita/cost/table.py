@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from partita.cluster import Cluster, Device
 from partita.cost.affine import Affine, total
+from partita.cost.away import Going, Ranges, Trips, trips, ways
 from partita.cost.blocks import Block, profile_units
 from partita.cost.kept import Kept, kept_by_maker, lives, tensor_bytes
 from partita.cost.measured import Measured
@@ -37,7 +38,8 @@ class SegmentCost:
     ``products``: the parameters they are of. ``given``: what the caller holds for the whole batch and these ops use
     (inputs, noise), which ``saved`` leaves out; ``rows``: of it, what backward needs of a microbatch.
     ``joined``: what it takes in one piece that its makers hold in parts. ``alone``: share of the seconds that it takes
-    while the devices beside it do nothing.
+    while the devices beside it do nothing. ``trips``: what waits in host memory meanwhile, which is not ``saved``;
+    ``fetched``: as ``rises``, of backwards that find nothing of it on the device.
     """
 
     forward: Affine
@@ -55,6 +57,8 @@ class SegmentCost:
     rows: Affine = Affine()
     joined: Affine = Affine()
     alone: float = 1.0
+    trips: Trips = Trips()
+    fetched: Rises = Rises()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,14 +186,18 @@ def segment_cost(
     table: CostTable,
     kind: str,
     ops: Sequence[int],
-    recompute: Sequence[tuple[int, int]] = (),
+    recompute: Ranges = (),
     *,
     apart: bool = False,
     train: bool = True,
+    offload: Ranges = (),
+    going: Going = (),
+    device: Device | None = None,
 ) -> SegmentCost:
     """Of these ops (indices). ``recompute``: ranges of positions in ``ops`` that run again in backward: their saved
     bytes shrink to what enters the range, their forward time is paid twice. ``apart``: it runs for several
-    microbatches. ``train``: something is kept for backward.
+    microbatches. ``train``: something is kept for backward. ``going``: what ops in the ranges ``offload`` save and
+    what leaves the ``device`` till then (``Segment.away``).
     """
     graph, index = table.graph, np.asarray(ops, dtype=np.int64)
     if not len(index):
@@ -201,14 +209,24 @@ def segment_cost(
     made = [o for i in ops for o in graph.ops[i].outputs if o]
     inside = set(map(int, ops))
     elsewhere = frozenset(o for o in made if not inside.issuperset(table.users.get(o, ())))
-    life = lives(graph, [int(i) for i in ops], table.kept, recompute, sent=elsewhere, train=train)
+    gone = ways(graph, offload, going, len(index)) if train else {}
+    life = lives(graph, [int(i) for i in ops], table.kept, recompute, sent=elsewhere, train=train, gone=gone)
     held = frozenset(o for o in made if (graph.tensor(o).base or o) in life.stays)
     first = _sum(table.first[kind][index])
     owed, later = _owed(graph, ops)
+    found, fetched = Trips(), Rises()
+    if gone and device is not None:
+        gone = ways(graph, offload, going, len(index), there=False)
+        later_life = lives(graph, [int(i) for i in ops], table.kept, recompute, sent=elsewhere, train=train, gone=gone)
+        fetched = rises(graph, index, later_life, elsewhere, apart=apart)
+        there = [Affine(*row) for row in table.forward[kind][index].tolist()]
+        back = [Affine(*row) for row in (table.backward[kind][index] + table.weight[kind][index]).tolist()]
+        found = trips(graph, offload, going, there, back, device)
     return SegmentCost(
         forward, backward, weight, life.saved, held, parameters_of(graph, ops), first,
         rises(graph, index, life, elsewhere, apart=apart), owed, later, products(graph, ops),
-        *given_to(table, ops), alone=_alone(table, kind, index),
+        *given_to(table, ops), alone=_alone(table, kind, index), trips=found,
+        fetched=fetched,
     )  # fmt: skip
 
 
@@ -292,16 +310,19 @@ def segment_costs(program: Program, table: CostTable, cluster: Cluster) -> dict[
     position = {op.name: i for i, op in enumerate(table.graph.ops)}
     known: dict[tuple[int, str], SegmentCost] = {}
     result: dict[tuple[int, str], SegmentCost] = {}
-    kinds = {device.name: device.kind for device in cluster.devices}
+    devices = {device.name: device for device in cluster.devices}
     for s, segment in enumerate(program.segments):
         ops = [position[name] for name in segment.ops]
         for name in dict.fromkeys(program.placement[s]):
-            kind = kinds.get(name)
-            if kind is None:
+            if name not in devices:
                 continue
+            kind = devices[name].kind
             if (s, kind) not in known:
                 apart = len(program.sizes) > 1 and segment.phase == "split"
-                cost = segment_cost(table, kind, ops, segment.recompute, apart=apart, train=program.train)
+                cost = segment_cost(
+                    table, kind, ops, segment.recompute, apart=apart, train=program.train, offload=segment.offload,
+                    going=segment.away, device=devices[name],
+                )  # fmt: skip
                 known[s, kind] = replace(cost, joined=_joined(table.graph, program, segment))
             result[s, name] = known[s, kind]
     return result

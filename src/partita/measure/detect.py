@@ -230,6 +230,7 @@ def _cuda_device(name: str, figures: Mapping[str, float]) -> Device:
         memory_bytes=memory - memory % 2**20,
         flops=_round(figures[f"{name}.flops"]),
         memory_bandwidth=_round(figures[f"{name}.bandwidth"]),
+        host_bandwidth=_round(figures[f"{name}.host"]),
     )
 
 

@@ -26,6 +26,7 @@ from partita.planners.sums import (
     edges,
     given,
     given_weights,
+    leaving,
     owed,
     owners,
     phases,
@@ -53,7 +54,9 @@ class Built:
 class Counted:
     """What blocks of a graph are, whatever the devices and the batch: bytes as (blocks, 2), fixed and per sample.
 
-    ``split``: saved by what runs on cut batches; ``once``: by what runs on the joined one. ``handed``, ``rows``: as
+    ``split``: saved by what runs on cut batches; ``once``: by what runs on the joined one; ``gone``: of both, what
+    leaves the device where the block is offloaded. ``may``, ``leaves``: blocks that may be recomputed, or offloaded.
+    ``handed``, ``rows``: as
     ``sums.given`` has them.
     """
 
@@ -67,9 +70,11 @@ class Counted:
     transient: Array
     split: Array
     once: Array
+    gone: Array
     handed: dict[str, tuple[Affine, set[int]]]
     rows: Array
     may: tuple[int, ...]
+    leaves: tuple[int, ...]
     edges: tuple[Edge, ...]
     weights: tuple[Weights, ...]
 
@@ -84,12 +89,14 @@ def count(graph: Graph, layouts: Layouts, table: CostTable, parts: Sequence[Bloc
     np.add.at(split, owner[split_op], table.saved[split_op])
     np.add.at(once, owner[whole], table.saved[whole])
     handed, rows = given(table, parts)
+    gone = leaving(graph, table, parts, owner)
+    leaves = tuple(b for b in range(n) if names_of[b] and gone[b].any() and not whole[parts[b].start])
     may = tuple(
         b for b in range(n) if names_of[b] and repeatable(graph, parts[b], before) and not whole[parts[b].start]
     )
     return Counted(
-        owner, whole, before, names_of, owed(graph, owner, n), saved, kept, transient, split, once, handed, rows, may,
-        edges(graph, owner, before), weights(graph, users_of(graph, owner)),
+        owner, whole, before, names_of, owed(graph, owner, n), saved, kept, transient, split, once, gone, handed, rows,
+        may, leaves, edges(graph, owner, before), weights(graph, users_of(graph, owner)),
     )  # fmt: skip
 
 
@@ -123,11 +130,24 @@ def build(
     saved, held, kept, transient = c.saved + rows, c.split + rows, c.kept, c.transient
     whole_saved = c.once[:, 0] + c.once[:, 1] * batch
     single = Times(
-        one[0], one[1], one[2], np.zeros_like(whole), saved, np.minimum(kept, saved), transient, np.zeros(n), late
+        one[0],
+        one[1],
+        one[2],
+        np.zeros_like(whole),
+        saved,
+        np.minimum(kept, saved),
+        transient,
+        np.zeros(n),
+        late,
+        np.minimum(c.gone, saved),
     )
-    split = Times(many[0], many[1], many[2], whole, held, np.minimum(kept, held), transient, whole_saved, late)
+    split = Times(
+        many[0], many[1], many[2], whole, held, np.minimum(kept, held), transient, whole_saved, late,
+        np.minimum(c.gone, held),
+    )  # fmt: skip
     names = {name for name, _ in resolved.recompute}
     forced = sorted({int(owner[i]) for _, ops in resolved.recompute for i in ops})
+    hosted = sorted({int(owner[i]) for _, ops in resolved.offload for i in ops})
     starts = {block.start: b for b, block in enumerate(parts)}
     link = _worst_link(cluster)
     bandwidth = min((d.memory_bandwidth for d in cluster.devices), default=1e10)
@@ -157,6 +177,8 @@ def build(
         pools_of=_places(pools, owner, resolved),
         recompute=tuple(forced) if names else (),
         may_recompute=c.may if train else (),
+        offload=tuple(hosted) if train and all(pool.host for pool in pools) else (),
+        may_offload=c.leaves if train and any(pool.host for pool in pools) else (),
         max_stages=constraints.max_stages,
         num_stages=constraints.stages,
         num_replicas=constraints.num_replicas,
@@ -230,12 +252,19 @@ def _pools(cluster: Cluster, resolved: Resolved, processes: bool) -> tuple[Pool,
     placed = {device for _, device in resolved.place}
     groups: dict[tuple[object, ...], list[Device]] = {}
     for device in cluster.devices:
-        alike = (device.kind, device.memory_bytes, device.flops, device.name if device.name in placed else "")
+        alike = (
+            device.kind,
+            device.memory_bytes,
+            device.flops,
+            device.host_bandwidth,
+            device.name if device.name in placed else "",
+        )
         groups.setdefault(alike, []).append(device)
     return tuple(
         Pool(
             ", ".join(d.name for d in group), tuple(d.name for d in group), HEADROOM * group[0].memory_bytes,
             shares_memory(group[0].name) and not processes,
+            host=1.0 / group[0].host_bandwidth if group[0].host_bandwidth else 0.0,
         )
         for group in groups.values()
     )  # fmt: skip

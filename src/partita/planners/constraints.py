@@ -26,8 +26,9 @@ class Constraints:
     """``keep_together``: each entry's modules in one stage (a lone glob: each module it names on its own).
 
     ``split_before``: a stage begins there. ``place``: (glob, device). ``recompute``: activations dropped and made
-    again. ``max_stages``, ``stages`` (exactly so many), ``microbatches``: 0 leaves them open. ``schedule``: empty
-    leaves it open. ``replicas``: devices of each stage; True leaves them open, False or 1 is one device a stage.
+    again. ``offload``: activations that wait in host memory. ``max_stages``, ``stages`` (exactly so many),
+    ``microbatches``: 0 leaves them open. ``schedule``: empty leaves it open. ``replicas``: devices of each stage; True
+    leaves them open, False or 1 is one device a stage.
     ``tensor``: devices that divide each single op between them; they count as one device for all else. 1 is no
     division, 0 leaves it open where ``replicas`` is open, for devices without ``place``. ``shard``: (glob of parameters
     or ops, ``Shard(0)`` or ``Replicate``) that such teams keep to. ``tp_within_node``: teams on one node only, or
@@ -41,6 +42,7 @@ class Constraints:
     split_before: tuple[str, ...] = ()
     place: tuple[tuple[str, str], ...] = ()
     recompute: tuple[str, ...] = ()
+    offload: tuple[str, ...] = ()
     max_stages: int = 0
     stages: int = 0
     microbatches: int = 0
@@ -186,8 +188,8 @@ def _placements(value: Any) -> tuple[tuple[str, str], ...]:
 FOR_CLUSTERS = ("sequence", "stages_per_device")
 _PLACEMENT = re.compile(r"Shard\(\d+\)|Replicate(\(\))?")
 READERS: Mapping[str, Callable[[Any], Any]] = {
-    "keep_together": _groups, "split_before": _names, "place": _pairs, "recompute": _names, "max_stages": _count,
-    "stages": _count, "microbatches": _count, "schedule": _schedule, "replicas": _degree,
+    "keep_together": _groups, "split_before": _names, "place": _pairs, "recompute": _names, "offload": _names,
+    "max_stages": _count, "stages": _count, "microbatches": _count, "schedule": _schedule, "replicas": _degree,
     "tensor": _count, "shard": _placements, "zero": _level, "tp_within_node": _switch, "sequence": _switch,
     "stages_per_device": _count,
 }  # fmt: skip
@@ -255,6 +257,11 @@ def resolve(graph: Graph, cluster: Cluster, constraints: Constraints) -> Resolve
                     )
                 place.setdefault(i, (glob, device))
     again = tuple((name, ops) for glob in constraints.recompute for name, ops in ops_of(glob, "recompute").items())
+    away = tuple((name, ops) for glob in constraints.offload for name, ops in ops_of(glob, "offload").items())
+    for name, ops in away:
+        twice = next((other for other, theirs in again if not set(ops).isdisjoint(theirs)), None)
+        if twice is not None:
+            problems.append(f"recompute {twice!r} and offload {name!r} contradict: keep each part under one of them")
     for name, start in starts:
         for group, ops in groups:
             if min(ops) < start <= max(ops):
@@ -276,7 +283,7 @@ def resolve(graph: Graph, cluster: Cluster, constraints: Constraints) -> Resolve
         problems.append(f"place uses {used} devices, each a stage of its own, but {most} stages are allowed")
     if problems:
         raise PlanError("the constraints cannot be met", tuple(dict.fromkeys(problems)))
-    return Resolved(tuple(groups), tuple(starts), tuple((i, d) for i, (_, d) in sorted(place.items())), again)
+    return Resolved(tuple(groups), tuple(starts), tuple((i, d) for i, (_, d) in sorted(place.items())), again, away)
 
 
 def _most_stages(constraints: Constraints, devices: int) -> int:
@@ -336,9 +343,10 @@ def _divisions(graph: Graph, cluster: Cluster, constraints: Constraints) -> list
 @dataclass(frozen=True, slots=True)
 class Resolved:
     """Constraints in op indices: (name, ops) groups, (name, first op) starts, (op, device) places, (name, ops) to
-    recompute."""
+    recompute, to offload."""
 
     together: tuple[tuple[str, tuple[int, ...]], ...] = ()
     starts: tuple[tuple[str, int], ...] = ()
     place: tuple[tuple[int, str], ...] = ()
     recompute: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    offload: tuple[tuple[str, tuple[int, ...]], ...] = ()

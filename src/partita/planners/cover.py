@@ -1,4 +1,6 @@
-"""Cover: which blocks to recompute so that enough bytes are saved at the least extra time (a covering knapsack)."""
+"""Cover: which blocks to recompute or offload so that enough bytes are saved at the least extra time (a covering
+knapsack, with several ways for an item where there are both).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from partita.planners.choice import cheapest
 from partita.planners.problem import Array
 
 EXACT_BLOCKS = 14
@@ -44,6 +47,59 @@ def cover(seconds: Sequence[float], gains: Sequence[float], need: float) -> tupl
             chosen.remove(i)
             left += gains[i]
     return sum(seconds[i] for i in chosen), tuple(sorted(chosen))
+
+
+def spare(
+    ways: Sequence[tuple[Sequence[float], Sequence[float]]], need: float
+) -> tuple[float, tuple[tuple[int, ...], ...]] | None:
+    """As ``cover`` where there are several ``ways`` (seconds, gains) for every position: positions of each way.
+
+    Exact to EXACT_BLOCKS useful positions; beyond, the best exchanges first and then without what proves unneeded.
+    """
+    if len(ways) == 1:
+        one = cover(*ways[0], need)
+        return None if one is None else (one[0], (one[1],))
+    rows = [  # of each position: (seconds, gain, way), the way -1 of leaving it
+        [(0.0, 0.0, -1), *((float(s[i]), float(g[i]), w) for w, (s, g) in enumerate(ways) if g[i] > 0)]
+        for i in range(len(ways[0][0]))
+    ]
+    useful = [i for i, row in enumerate(rows) if len(row) > 1]
+    most = [max(gain for _, gain, _ in rows[i]) for i in useful]
+    if sum(most) < need:
+        return None
+    picked = dict.fromkeys(useful, 0)
+    if need > 0 and len(useful) <= EXACT_BLOCKS:
+        choices = tuple(np.array([(s, m - g) for s, g, _ in rows[i]]) for i, m in zip(useful, most, strict=True))
+        best = cheapest(choices, sum(most) - need)
+        if best is None:  # short by a rounding
+            return None
+        picked = dict(zip(useful, best[1], strict=True))
+    elif need > 0:
+        picked = _exchanged(rows, useful, need)
+    total = sum(rows[i][k][0] for i, k in picked.items())
+    chosen = [(i, rows[i][k][2]) for i, k in picked.items()]
+    return total, tuple(tuple(i for i, w in chosen if w == way) for way in range(len(ways)))
+
+
+def _exchanged(
+    rows: Sequence[Sequence[tuple[float, float, int]]], useful: Sequence[int], need: float
+) -> dict[int, int]:
+    """Position -> which of its rows: the exchange of the least seconds a byte first."""
+    picked, left = dict.fromkeys(useful, 0), need
+    exchanges = sorted(
+        ((s - t) / (g - h), i, k) for i in useful for k, (s, g, _) in enumerate(rows[i]) for t, h, _ in rows[i] if g > h
+    )
+    for _, i, k in exchanges:
+        if left <= 0:
+            break
+        more = rows[i][k][1] - rows[i][picked[i]][1]
+        if more > 0:
+            picked[i], left = k, left - more
+    for i in sorted(useful, key=lambda i: -rows[i][picked[i]][0]):
+        if left + rows[i][picked[i]][1] <= 0:
+            left += rows[i][picked[i]][1]
+            picked[i] = 0
+    return picked
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -137,7 +137,7 @@ class Divider:
                 found = parts[0] if len(parts) == 1 else _joined(parts, whole.kept[here], self.batch)
                 for name in ("forward", "backward", "weight", "whole"):
                     getattr(into, name)[:, here] = getattr(found, name)[row]
-                for name in ("saved", "kept", "transient", "whole_saved", "owed"):
+                for name in ("saved", "kept", "transient", "whole_saved", "owed", "gone"):
                     getattr(into, name)[here] = getattr(found, name)
         given = tuple(w for w in problem.weights if w.given)
         return Shares(members, single, split, (*weights(self.graph, self._users(built.blocks), sizes), *given))
@@ -254,24 +254,24 @@ def part_of(graph: Graph, ops: range) -> Graph:
 
 def _joined(parts: Sequence[Times], kept: Array, batch: int) -> Times:
     """One block of what its units take. ``kept``: what enters it, whole, as all does that crosses a border."""
-    forward, backward, weight, once, saved, whole_saved, owed = (
+    forward, backward, weight, once, saved, whole_saved, owed, gone = (
         np.sum([getattr(part, name) for part in parts], axis=0)
-        for name in ("forward", "backward", "weight", "whole", "saved", "whole_saved", "owed")
+        for name in ("forward", "backward", "weight", "whole", "saved", "whole_saved", "owed", "gone")
     )
     largest = max((part.transient for part in parts), key=lambda rows: float(rows[0, 0] + rows[0, 1] * batch))
-    return Times(forward, backward, weight, once, saved, np.minimum(kept, saved), largest, whole_saved, owed)
+    return Times(forward, backward, weight, once, saved, np.minimum(kept, saved), largest, whole_saved, owed, gone)
 
 
 def _shared(times: Times, whole: Sequence[Array], floor: Sequence[Array], members: int) -> Times:
     forward, backward, weight, once = (f + (w - f) / members for w, f in zip(whole, floor, strict=True))
     return Times(
         forward, backward, weight, once, times.saved / members, times.kept / members, times.transient / members,
-        times.whole_saved / members, times.owed / members,
+        times.whole_saved / members, times.owed / members, times.gone / members,
     )  # fmt: skip
 
 
 def _empty(like: Times, pools: int) -> Times:
     n = like.forward.shape[1]
     rows, seconds = [np.zeros((pools, n, 2)) for _ in range(3)], np.zeros((pools, n))
-    saved, kept, transient, owed = (np.zeros((n, 2)) for _ in range(4))
-    return Times(rows[0], rows[1], rows[2], seconds, saved, kept, transient, np.zeros(n), owed)
+    saved, kept, transient, owed, gone = (np.zeros((n, 2)) for _ in range(5))
+    return Times(rows[0], rows[1], rows[2], seconds, saved, kept, transient, np.zeros(n), owed, gone)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, combinations
+from itertools import product
 
 from partita.planners.ideals import ideals
 from partita.planners.objective import allowed_stage, candidate_seconds, fits
@@ -44,13 +44,21 @@ def _chains(
                     continue
                 left = (*free[:pool], count - replicas, *free[pool + 1 :])
                 for rest in _chains(problem, downs, stop, end, left, m):
-                    for again in _subsets(problem, blocks):
-                        yield (StageChoice(blocks, pool, replicas, again), *rest)
+                    for again, away in _subsets(problem, blocks, pool):
+                        yield (StageChoice(blocks, pool, replicas, again, away), *rest)
 
 
-def _subsets(problem: Problem, blocks: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    open_ = [b for b in blocks if b in problem.may_recompute and b not in problem.recompute] if problem.train else []
-    yield from chain.from_iterable(combinations(open_, k) for k in range(len(open_) + 1))
+def _subsets(problem: Problem, blocks: tuple[int, ...], pool: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(blocks to recompute, blocks to offload): every way."""
+    fixed = {*problem.recompute, *problem.offload}
+    open_ = [b for b in blocks if b not in fixed] if problem.train else []
+    hosted = problem.may_offload if problem.pools[pool].host else ()
+    ways = [("", *("r" * (b in problem.may_recompute)), *("o" * (b in hosted))) for b in open_]
+    for chosen in product(*ways):
+        yield (
+            tuple(b for b, way in zip(open_, chosen, strict=True) if way == "r"),
+            tuple(b for b, way in zip(open_, chosen, strict=True) if way == "o"),
+        )
 
 
 def exhaustive(problem: Problem, *, anywhere: bool = False) -> Outcome:

@@ -47,6 +47,8 @@ def describe(problem: Problem, candidate: Candidate) -> str:
         )
     again = sum(len(s.recompute) for s in stages)
     tail = f", {again} parts recomputed" if again else ""
+    away = sum(len(s.offload) for s in stages)
+    tail += f", {away} parts offloaded" if away else ""
     teams = [problem.pools[s.pool].members for s in stages]
     if max(teams) > 1:
         tail += f", ops divided by {'+'.join(map(str, dict.fromkeys(teams)))}"
@@ -115,6 +117,7 @@ def _without(stage: StageChoice, block: int) -> StageChoice:
         stage,
         blocks=tuple(b for b in stage.blocks if b != block),
         recompute=tuple(b for b in stage.recompute if b != block),
+        offload=tuple(b for b in stage.offload if b != block),
     )
 
 
@@ -156,6 +159,30 @@ def binding_reasons(built: Built, candidate: Candidate, optimizer: str) -> tuple
         f"{format_bytes(problem.pools[stage.pool].memory_bytes)} ({shares[full]:.0%}): {split}"
     )
     return tuple(lines)
+
+
+def offload_reasons(built: Built, candidate: Candidate) -> tuple[str, ...]:
+    """What waits in host memory: how much it frees and costs, beside recomputing it."""
+    problem, m = built.problem, candidate.microbatches
+    count, n = sum(len(s.offload) for s in candidate.stages), problem.samples(m)
+    if not count:
+        return ()
+    freed = copies = waits = again = 0.0
+    for stage in candidate.stages:
+        team, pool = problem.on(stage.pool), problem.pools[stage.pool]
+        times, blocks = team.times(m), list(stage.offload)
+        moved = float(times.gone_at(n)[blocks].sum())
+        runs = -(-m // stage.replicas)
+        freed = max(freed, moved)
+        copies += 2.0 * runs * moved * pool.host
+        waits += runs * float(times.waits(n, stage.pool, pool.host)[blocks].sum())
+        forward = times.forward[stage.pool][blocks]
+        again += runs * float(forward[:, 0].sum() + forward[:, 1].sum() * n)
+    return (
+        f"activations of {count} parts wait in host memory, because they do not fit: up to {format_bytes(freed)} of a "
+        f"device a microbatch; their copies take {format_seconds(copies)} a step in all, of which computing hides all "
+        f"but {format_seconds(waits)} (making them again instead: {format_seconds(again)})",
+    )
 
 
 def other_reasons(

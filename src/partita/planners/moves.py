@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from partita.cost.memory import Alive, alive
-from partita.planners.cover import EXACT_BLOCKS, Thresholds, cover
+from partita.planners.cover import EXACT_BLOCKS, Thresholds, spare
 from partita.planners.objective import is_joined, static_bytes, tail_seconds
 from partita.planners.problem import Array, Problem
 from partita.planners.spans import Bools, Indices, Sized, Spans
+
+Way = tuple[Array, Array]
+"""Of each block, seconds and bytes of making it hold less."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +78,10 @@ class Base:
     largest: Array
     forced: Bools
     gains: Array
+    buffers: Array
+    sent_away: Bools
+    away_gains: Array
+    both_gains: Array
 
     def kept(self, which: Bools) -> Base:
         if which.all():
@@ -82,18 +89,29 @@ class Base:
         return Base(
             self.pool, self.replicas, self.index[which], Some.of(self.spans.first[which], self.spans.last[which]),
             self.fill[which], self.steady[which], self.static[which], self.held[which], self.owed[which],
-            self.largest[which], self.forced[which], self.gains[which],
+            self.largest[which], self.forced[which], self.gains[which], self.buffers[which], self.sent_away[which],
+            self.away_gains[which], self.both_gains[which],
         )  # fmt: skip
 
-    def need(self, living: Alive) -> Array:
-        """Bytes without recomputation beyond what is forced."""
-        need = self.static + living.peak(self.held, self.owed)
-        return np.where(self.forced, self.again(living), need) if self.forced.any() else need
+    def need(self, living: Alive, *, again: bool = False, away: bool = False) -> Array:
+        """Bytes with what is forced; where something is recomputed (``again``) or offloaded (``away``) besides, what
+        that gains not taken off."""
+        plain: Array = self.static + living.peak(self.held, self.owed)
+        recomputes, offloads = self.forced | again, self.sent_away | away
+        if not (recomputes.any() or offloads.any()):
+            return plain
+        with_either = self.static + living.peak(self.held, self.owed, again=True)
+        with_either = with_either + np.where(recomputes, self.largest, 0.0) + np.where(offloads, self.buffers, 0.0)
+        return np.where(recomputes | offloads, with_either, plain)
 
-    def again(self, living: Alive) -> Array:
-        """Bytes where something is recomputed, what that gains not taken off."""
-        result: Array = self.static + living.peak(self.held, self.owed, again=True) + self.largest
-        return result
+    def least(self, living: Alive, *, hosted: bool) -> Array:
+        """Bytes that no choice of what is recomputed and offloaded goes below."""
+        before = living.before
+        found = np.minimum(self.need(living), self.need(living, again=True) - self.gains * before)
+        if hosted:
+            found = np.minimum(found, self.need(living, away=True) - self.away_gains * before)
+            found = np.minimum(found, self.need(living, again=True, away=True) - self.both_gains * before)
+        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,7 +173,7 @@ class Moves:
         self.exact = True
         self.known: dict[tuple[int, int, int], Move] = {}
         self.bases: dict[tuple[int, int], Base] = {}
-        self.cheapest: dict[int, Thresholds] = {}
+        self.cheapest: dict[tuple[int, int, bool], tuple[Thresholds, ...]] = {}
 
     def move(self, pool: int, replicas: int, reach: int) -> Move:
         limited = self.problem.pools[pool].memory_bytes < np.inf and self.problem.train
@@ -186,11 +204,12 @@ class Moves:
             base = Base(
                 pool, replicas, np.arange(len(fill)), Some.of(s.first, s.last), fill, steady, static,
                 at.held + at.received, at.owed + at.received, at.largest_saved, at.forced, at.gains,
+                2.0 * at.largest_gone, at.sent_away, *self._away(pool),
             ).kept(ok)  # fmt: skip
             if limit < np.inf and problem.train:
                 ends = [self.alive(replicas, reach) for reach in (replicas, problem.num_devices)]
-                need = [(base.need(end), base.again(end) - base.gains * end.before) for end in ends]
-                base = base.kept(np.minimum.reduce([row for pair in need for row in pair]) <= limit)
+                need = [base.least(end, hosted=self._hosted(pool)) for end in ends]
+                base = base.kept(np.minimum(*need) <= limit)
             self.bases[key] = base
         return self.bases[key]
 
@@ -207,9 +226,8 @@ class Moves:
         short = base.need(living) > limit
         if not short.any():
             return Move(pool, replicas, base.spans, base.fill, base.steady)
-        wanted = base.again(living)[short] - limit
         extra = np.zeros(len(short))
-        extra[short] = self._recompute(base, np.flatnonzero(short), wanted, living.before)
+        extra[short] = self._spare(base, np.flatnonzero(short), living, limit)
         ok = np.isfinite(extra)
         found = Some.of(base.spans.first[ok], base.spans.last[ok])
         if not (short & ok).any():
@@ -240,33 +258,76 @@ class Moves:
             return fill, (mine - 1) * np.maximum(busy, 2.0 * transfer) + tail
         return fill, (mine - 1) * (busy + 2.0 * transfer) + tail
 
-    def _recompute(self, base: Base, short: Indices, wanted: Array, before: int) -> Array:
-        """Least extra seconds so that each of the spans ``short`` of ``base`` holds as much less as ``wanted``.
-        ``before``: microbatches that do."""
-        s, at = self.of[base.pool]
+    def _hosted(self, pool: int) -> bool:
+        """Whether anything may be offloaded there."""
+        return bool(self.problem.may_offload) and self.problem.pools[pool].host > 0
+
+    def _away(self, pool: int) -> tuple[Array, Array]:
+        """Of each span, what all of it gains when it is offloaded, or the better way for each block."""
+        s, at = self.of[pool]
+        if not self._hosted(pool):
+            return at.gains, at.gains
+        away = at.away_bytes[pool]
+        return s.total(away), s.total(np.maximum(away, at.again_bytes))
+
+    def _spare(self, base: Base, short: Indices, living: Alive, limit: float) -> Array:
+        """Least extra seconds so that each of the spans ``short`` of ``base`` stays within ``limit``: by recomputing,
+        by offloading, or by both."""
+        at = self.of[base.pool][1]
+        again, away = (
+            (at.again_seconds[base.pool], at.again_bytes),
+            (at.away_seconds[base.pool], at.away_bytes[base.pool]),
+        )
+        wanted = base.need(living, again=True)[short] - limit
+        extra = self._least(base, short, wanted, (again,), base.gains, living.before)
+        if self._hosted(base.pool):
+            for ways, twice, gains in (((away,), False, base.away_gains), ((again, away), True, base.both_gains)):
+                wanted = base.need(living, again=twice, away=True)[short] - limit
+                extra = np.minimum(extra, self._least(base, short, wanted, ways, gains, living.before, away=True))
+        return extra
+
+    def _least(
+        self, base: Base, short: Indices, wanted: Array, ways: tuple[Way, ...], most: Array, before: int,
+        *, away: bool = False,
+    ) -> Array:  # fmt: skip
+        """Least extra seconds in these ways (seconds, bytes of each block) so that each of the spans holds as much less
+        as ``wanted``. ``most``: what a microbatch can hold less; ``before``: how many there are."""
+        s = self.of[base.pool][0]
         extra = np.full(wanted.shape, np.inf)
         extra[wanted <= 0] = 0.0
-        where = (wanted > 0) & (base.gains[short] * before >= wanted)
+        where = (wanted > 0) & (most[short] * before >= wanted)
         if not where.any():
             return extra
         first, last = base.spans.first[short][where], base.spans.last[short][where]
         if s.before.shape[1] > EXACT_BLOCKS and s.is_chain:
             self.exact = False
-            extra[where] = self._thresholds(base.pool).least(first, last, wanted[where] / before)
+            need = wanted[where] / before
+            extra[where] = np.minimum.reduce(
+                [t.least(first, last, need) for t in self._thresholds(base.pool, ways, away)]
+            )
             return extra
         found = []
-        gains = at.again_bytes * before
-        for a, b, need in zip(first, last, wanted[where], strict=True):
+        for a, b, need_ in zip(first, last, wanted[where], strict=True):
             members = np.nonzero(s.before[b] & ~s.before[a])[0]
-            if np.count_nonzero(gains[members] > 0) > EXACT_BLOCKS:
+            mine = [(list(seconds[members]), list(gains[members] * before)) for seconds, gains in ways]
+            if np.count_nonzero(np.any([np.array(gains) > 0 for _, gains in mine], axis=0)) > EXACT_BLOCKS:
                 self.exact = False
-            one = cover(list(at.again_seconds[base.pool][members]), list(gains[members]), float(need))
+            one = spare(mine, float(need_))
             found.append(np.inf if one is None else one[0])
         extra[where] = found
         return extra
 
-    def _thresholds(self, pool: int) -> Thresholds:
-        if pool not in self.cheapest:
-            at = self.of[pool][1]
-            self.cheapest[pool] = Thresholds.of(at.again_seconds[pool], at.again_bytes)
-        return self.cheapest[pool]
+    def _thresholds(self, pool: int, ways: tuple[Way, ...], away: bool) -> tuple[Thresholds, ...]:
+        """Of several ways for a block: the one that gains most a second, and the one that gains most."""
+        key = pool, len(ways), away
+        if key not in self.cheapest:
+            rows = [ways[0]]
+            if len(ways) > 1:
+                seconds, gains = np.array([w[0] for w in ways]), np.array([w[1] for w in ways])
+                ratio = np.where(gains > 0, seconds / np.where(gains > 0, gains, 1.0), np.inf)
+                rows = []
+                for pick in (ratio.argmin(axis=0), gains.argmax(axis=0)):
+                    at = np.arange(seconds.shape[1])
+                    rows.append((seconds[pick, at], gains[pick, at]))
+            self.cheapest[key] = tuple(Thresholds.of(*row) for row in rows)
+        return self.cheapest[key]

@@ -82,12 +82,17 @@ def stage_time(problem: Problem, choice: StageChoice, microbatches: int, *, sync
     problem = problem.on(choice.pool)
     times, n = problem.times(microbatches, synced=synced), problem.samples(microbatches)
     again = set(choice.recompute) | (set(problem.recompute) & set(choice.blocks)) if problem.train else set()
+    away = offloaded(problem, choice)
+    host = problem.pools[choice.pool].host
+    waits = float(times.waits(n, choice.pool, host)[list(away)].sum()) if away else 0.0
     forward = _at(times.forward[choice.pool], choice.blocks, n)
     received = received_bytes(problem, choice.blocks, n)
     _, trained = weight_bytes(problem, choice.blocks)
     return StageTime(
         forward=forward,
-        backward=_at(times.backward[choice.pool], choice.blocks, n) + _at(times.forward[choice.pool], sorted(again), n),
+        backward=_at(times.backward[choice.pool], choice.blocks, n)
+        + _at(times.forward[choice.pool], sorted(again), n)
+        + waits,
         weight=_at(times.weight[choice.pool], choice.blocks, n),
         microbatches=-(-microbatches // choice.replicas),
         transfer=(problem.latency + received * problem.seconds_per_byte) if received else 0.0,
@@ -96,6 +101,13 @@ def stage_time(problem: Problem, choice: StageChoice, microbatches: int, *, sync
             problem, trained, choice.replicas, problem.pools[choice.pool].shared, -(-microbatches // choice.replicas)
         ),
     )
+
+
+def offloaded(problem: Problem, choice: StageChoice) -> tuple[int, ...]:
+    """Blocks of the stage whose activations leave the device."""
+    if not problem.train or not problem.pools[choice.pool].host:
+        return ()
+    return tuple(sorted(set(choice.offload) | (set(problem.offload) & set(choice.blocks))))
 
 
 def stage_bytes(
@@ -119,7 +131,9 @@ def stage_bytes(
     static = static_bytes(problem, total, trained, choice.replicas, problem.pools[choice.pool].shared, mine)
     again = set(choice.recompute) | (set(problem.recompute) & set(choice.blocks))
     live = [b for b in choice.blocks if b not in again]
-    held = _at(times.saved, live, n) + _at(times.kept, sorted(again), n) + received
+    away = offloaded(problem, choice)
+    gone = times.gone_at(n) if away else np.zeros(0)
+    held = _at(times.saved, live, n) + _at(times.kept, sorted(again), n) + received - float(gone[list(away)].sum())
     living = alive(
         schedule,
         microbatches=mine,
@@ -130,8 +144,9 @@ def stage_bytes(
     )
     owed = _at(times.owed, choice.blocks, n) + received
     peak = _largest(times.saved, choice.blocks, n) if again else 0.0
+    peak += 2.0 * float(gone[list(choice.blocks)].max()) if away else 0.0
     whole = float(sum(times.whole_saved[b] for b in choice.blocks))
-    activations = living.peak(held, owed, again=bool(again))
+    activations = living.peak(held, owed, again=bool(again or away))
     return static + activations + whole + peak + received + _largest(times.transient, choice.blocks, n)
 
 

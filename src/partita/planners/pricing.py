@@ -15,7 +15,7 @@ from partita.errors import PlanError
 from partita.group_costs import with_collectives, with_members
 from partita.lower import lower
 from partita.manual import stage_names
-from partita.plan import Batch, Plan, Stage
+from partita.plan import Batch, Offload, Plan, Stage
 from partita.planners.build import HEADROOM, Built
 from partita.planners.problem import Candidate
 from partita.planners.shards import named, prices
@@ -81,12 +81,15 @@ def to_plan(task: Task, built: Built, candidate: Candidate, *, named: bool = Tru
         if members > 1:
             devices = tuple(d for leader in devices for d in built.teams[leader])
         again = tuple(name for b in choice.recompute for name in built.units[b])
-        asked = tuple(
-            name for name, ops in task.resolved.recompute if any(stage_of[graph.ops[i].name] == s for i in ops)
+        asked, sent = (
+            tuple(name for name, ops in wanted if any(stage_of[graph.ops[i].name] == s for i in ops))
+            for wanted in (task.resolved.recompute, task.resolved.offload)
         )
+        away = tuple(name for b in choice.offload for name in built.units[b])
         wishes = _wishes(task, [i for b in choice.blocks for i in built.blocks[b].ops]) if members > 1 else ()
         recompute = tuple(dict.fromkeys((*asked, *again)))
-        made.append(Stage(devices, names[s][0], names[s][1], recompute, wishes, members))
+        offload = Offload(tuple(dict.fromkeys((*sent, *away))))
+        made.append(Stage(devices, names[s][0], names[s][1], recompute, wishes, members, offload))
     return Plan(
         stages=tuple(made),
         model=graph.name,

@@ -17,7 +17,8 @@ class Pool:
     """Devices that are alike for the search: same kind, same memory, same constraints.
 
     ``shared``: they live in one memory, so replicas hold parameters once. ``members`` > 1: each of ``devices`` stands
-    for a team of so many, which divide every op between them; ``memory_bytes`` is one member's.
+    for a team of so many, which divide every op between them; ``memory_bytes`` is one member's. ``host``: seconds a
+    byte to the host's memory, each way (0: nothing is gained there).
     """
 
     name: str
@@ -25,6 +26,7 @@ class Pool:
     memory_bytes: float
     shared: bool = False
     members: int = 1
+    host: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ class Times:
     """Arrays (pools, blocks, 2) of seconds, fixed and per sample; ``whole`` (pools, blocks): once a step, on the joined
     batch. ``saved``, ``kept``, ``transient`` (blocks, 2): bytes kept to backward, bytes still kept where the block is
     recomputed, bytes while it runs; ``whole_saved`` (blocks): of the joined part. ``owed`` (blocks, 2): bytes kept from
-    backward to the weights' gradients where these are put off.
+    backward to the weights' gradients where these are put off. ``gone`` (blocks, 2): of ``saved``, what leaves the
+    device where the block's activations are offloaded (empty where none may be).
     """
 
     forward: Array
@@ -68,6 +71,23 @@ class Times:
     transient: Array
     whole_saved: Array
     owed: Array
+    gone: Array = field(default_factory=lambda: np.zeros((0, 2)))
+
+    def gone_at(self, samples: int) -> Array:
+        """Of each block."""
+        rows = self.gone if len(self.gone) else np.zeros_like(self.saved)
+        result: Array = rows[:, 0] + rows[:, 1] * samples
+        return result
+
+    def waits(self, samples: int, pool: int, host: float) -> Array:
+        """Seconds for which each block's copies to the host and back hold up the computing, where the blocks beside it
+        take as long as it does. ``host``: seconds a byte."""
+        copies = self.gone_at(samples) * host
+        forward, backward = (
+            rows[pool, :, 0] + rows[pool, :, 1] * samples for rows in (self.forward, self.backward + self.weight)
+        )
+        result: Array = np.maximum(copies - forward, 0.0) + np.maximum(copies - backward, 0.0)
+        return result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +108,8 @@ class Problem:
     """``single``: with one microbatch; ``split``: with more. ``together``: sets of blocks of one stage.
 
     ``breaks``: a stage begins at these blocks. ``pools_of``: pools a block may use (absent: any). ``recompute``: blocks
-    that must be; ``may_recompute``: blocks that can be.
+    that must be; ``may_recompute``: blocks that can be. ``offload``, ``may_offload``: the same of activations that wait
+    in host memory; a block is one or the other.
     ``num_stages``, ``num_replicas``: exactly so many (0: open).
     ``sync``: a single stage with as many replicas as microbatches runs whole-batch ops in step: nothing is joined.
     ``shares``: of each number of ``members`` above 1 that a pool has. ``zero``: ZeRO's level, over the replicas of
@@ -116,6 +137,8 @@ class Problem:
     pools_of: tuple[tuple[int, tuple[int, ...]], ...] = ()
     recompute: tuple[int, ...] = ()
     may_recompute: tuple[int, ...] = ()
+    offload: tuple[int, ...] = ()
+    may_offload: tuple[int, ...] = ()
     max_stages: int = 0
     num_stages: int = 0
     num_replicas: int = 0
@@ -149,12 +172,14 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class StageChoice:
-    """``blocks`` on ``replicas`` devices of pool ``pool``; ``recompute``: which of them, beyond the forced ones."""
+    """``blocks`` on ``replicas`` devices of pool ``pool``; ``recompute``, ``offload``: which of them, beyond the forced
+    ones."""
 
     blocks: tuple[int, ...]
     pool: int
     replicas: int = 1
     recompute: tuple[int, ...] = ()
+    offload: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

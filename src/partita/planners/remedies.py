@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from partita.cluster import Cluster
+from partita.cost.away import SLOWEST, has_host
 from partita.errors import PartitaError, Remedy
 from partita.planners.build import HEADROOM
 from partita.planners.conflicts import Atom, atoms, joined, largest_agreement, smallest_conflict
@@ -70,7 +71,7 @@ def remedies(request: Request, guilty: tuple[Atom, ...] = ()) -> tuple[Remedy, .
     found = loosened(request, guilty)
     if guilty and not _feasible(request, cluster=_scaled(request.cluster, AMPLE)):
         return (*found, *_devices(request))
-    found += [*_memory(request), *_devices(request), *_batch(request), *_zero(request)]
+    found += [*_memory(request), *_devices(request), *_batch(request), *_zero(request), *_host(request)]
     if request.train and request.optimizer not in ("none", "sgd"):
         sgd = _try(request, optimizer="sgd")
         if sgd is not None:
@@ -220,6 +221,20 @@ def _zero(request: Request) -> list[Remedy]:
             text = f"zero {level} with a process a device (torchrun) fits: {_numbers(found)}"
             return [Remedy(text, {"constraints": near})]
     return []
+
+
+def _host(request: Request) -> list[Remedy]:
+    """Activations in host memory, of accelerators whose link there nobody described."""
+    bare = [d for d in request.cluster.devices if has_host(d) and not d.host_bandwidth]
+    if not request.train or not bare:
+        return []
+    devices = tuple(replace(d, host_bandwidth=SLOWEST) if d in bare else d for d in request.cluster.devices)
+    described = replace(request.cluster, devices=devices)
+    found = _try(request, cluster=described) if _feasible(request, cluster=described) else None
+    if found is None:
+        return []
+    text = f"offload to host memory fits, with 'host_bandwidth: 16 GB/s' (PCIe 3.0) of each device: {_numbers(found)}"
+    return [Remedy(text, {"cluster": described})]
 
 
 def _devices(request: Request) -> list[Remedy]:

@@ -44,6 +44,7 @@ def search(task: Task) -> Searched:
     unlimited = replace(
         fine.problem,
         may_recompute=(),
+        may_offload=(),
         pools=tuple(replace(p, memory_bytes=float("inf")) for p in fine.problem.pools),
     )
     free = stages(unlimited, anywhere=anywhere, slack=SLACK if fine.problem.num_blocks > EXACT_BLOCKS else 0.0)
@@ -101,7 +102,7 @@ def _pipeline(problem: Problem, best: Candidate) -> list[Candidate]:
     if problem.num_replicas or problem.num_stages:
         return []
     counts = tuple(m for m in problem.microbatches if m > 1)[-3:]
-    alone = replace(problem, replicas=False, microbatches=counts, may_recompute=())
+    alone = replace(problem, replicas=False, microbatches=counts, may_recompute=(), may_offload=())
     found = stages(alone, slack=0.02, keep=1)
     return [] if isinstance(found, Infeasible) or len(found.best.stages) < 2 else [found.best]
 
@@ -110,7 +111,14 @@ def _plain(task: Task, problem: Problem) -> list[Candidate]:
     """Between hosts, where links decide: one device, and a replica of the whole model on each, to compare."""
     count = problem.num_devices
     apart = several_nodes(task.cluster) and len(problem.pools) == 1 and not problem.joined
-    if not apart or problem.num_stages > 1 or problem.breaks or problem.pools_of or problem.recompute:
+    if (
+        not apart
+        or problem.num_stages > 1
+        or problem.breaks
+        or problem.pools_of
+        or problem.recompute
+        or problem.offload
+    ):
         return []
     alone = Candidate((StageChoice(tuple(range(problem.num_blocks)), 0),), 1, "1f1b")
     both = replace(alone, stages=(replace(alone.stages[0], replicas=count),), microbatches=count)
@@ -148,7 +156,7 @@ def _interleaved(task: Task, problem: Problem) -> list[Candidate]:
     doubled = replace(
         problem,
         pools=(Pool("dealt", tuple(map(str, range(2 * count))), float("inf")),),
-        microbatches=tuple(options[-2:]), schedules=("1f1b",), replicas=False, may_recompute=(),
+        microbatches=tuple(options[-2:]), schedules=("1f1b",), replicas=False, may_recompute=(), may_offload=(),
     )  # fmt: skip
     found = stages(doubled, slack=0.02, keep=1)
     if isinstance(found, Infeasible) or len(found.best.stages) != 2 * count:

@@ -187,6 +187,8 @@ class Sized:
     """The spans' numbers at one number of microbatches. ``again_seconds``, ``again_bytes``: (pools, blocks) and
     (blocks), what recomputing a block costs and saves; 0 bytes where it may not be. ``blocks``: (pools, 4, blocks)
     seconds of each block: forward, backward, weight, once a step. ``gains``: ``again_bytes`` of all blocks of a span.
+    ``away_seconds``, ``away_bytes`` (pools, blocks): what offloading a block costs and frees there; ``sent_away``:
+    spans with a block that must be; ``largest_gone``: of each span, what leaves at most of one block.
     """
 
     pools: tuple[PoolSpans, ...]
@@ -202,6 +204,10 @@ class Sized:
     forced: Bools
     blocks: Array
     gains: Array
+    away_seconds: Array
+    away_bytes: Array
+    sent_away: Bools
+    largest_gone: Array
 
 
 def sized(problem: Problem, s: Spans, microbatches: int, *, synced: bool = False) -> Sized:
@@ -222,11 +228,21 @@ def sized(problem: Problem, s: Spans, microbatches: int, *, synced: bool = False
     forward = at(times.forward)
     blocks = np.stack([forward, at(times.backward) + np.where(must, forward, 0.0), at(times.weight), times.whole], 1)
     received = s.received_fixed + s.received_per_sample * n
-    open_ = may & ~must
+    hosts = np.array([pool.host for pool in problem.pools]) if problem.train else np.zeros(len(problem.pools))
+    pools, gone = range(len(hosts)), np.zeros(problem.num_blocks)
+    leave, leaves = np.zeros(problem.num_blocks, dtype=np.bool_), np.zeros(problem.num_blocks, dtype=np.bool_)
+    waits = np.zeros((len(hosts), problem.num_blocks))
+    if hosts.any() and (problem.may_offload or problem.offload):
+        leave[list(problem.offload)] = True
+        leaves[list(problem.may_offload)] = True
+        gone, waits = times.gone_at(n), np.array([times.waits(n, p, hosts[p]) for p in pools])
+        blocks[:, 1] += np.where(leave, waits, 0.0)
+    open_ = may & ~must & ~leave
+    sendable = leaves & ~must & ~leave
     again_bytes = np.where(open_, np.maximum(saved - kept, 0.0), 0.0)
     return Sized(
         tuple(PoolSpans(*(s.total(row) for row in rows)) for rows in blocks),
-        s.total(np.where(must, kept, saved)),
+        s.total(np.where(must, kept, saved) - np.where(leave, gone, 0.0)),
         s.total(at(times.owed)),
         received,
         np.where(received > 0, problem.latency + received * problem.seconds_per_byte, 0.0),
@@ -238,4 +254,8 @@ def sized(problem: Problem, s: Spans, microbatches: int, *, synced: bool = False
         s.total(must.astype(np.float64)) > 0,
         blocks,
         s.total(again_bytes),
+        waits,
+        np.where(sendable, gone, 0.0) * (hosts > 0)[:, None],
+        s.total(leave.astype(np.float64)) > 0 if leave.any() else np.zeros(len(s.first), dtype=np.bool_),
+        s.largest(gone) if gone.any() else np.zeros(len(s.first)),
     )

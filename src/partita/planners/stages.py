@@ -15,9 +15,9 @@ from itertools import product
 
 import numpy as np
 
-from partita.planners.cover import cover
+from partita.planners.cover import spare
 from partita.planners.ideals import ideals
-from partita.planners.moves import Move, Moves
+from partita.planners.moves import Move, Moves, Way
 from partita.planners.objective import candidate_seconds, fits, is_joined, stage_bytes
 from partita.planners.problem import (
     Array,
@@ -250,12 +250,13 @@ class _Search:
             within = s.before[move.spans.last[k]] & ~s.before[move.spans.first[k]]
             blocks = tuple(int(x) for x in np.flatnonzero(within))
             choice = StageChoice(blocks, move.pool, move.replicas)
-            chosen.append(self._with_recompute(choice, after))
+            chosen.append(self._within(choice, after))
             after -= move.replicas
         candidate = Candidate(tuple(chosen), self.m, self.schedule)
         return replace(candidate, seconds=candidate_seconds(problem, candidate))
 
-    def _with_recompute(self, choice: StageChoice, after: int) -> StageChoice:
+    def _within(self, choice: StageChoice, after: int) -> StageChoice:
+        """With what is recomputed or offloaded to fit, at the least cost."""
         problem = self.problem
         limit = problem.pools[choice.pool].memory_bytes
         joined = is_joined(problem, 1 if self.synced else 2, choice.replicas, self.m)
@@ -271,12 +272,36 @@ class _Search:
         living = self.moves.alive(choice.replicas, after)
         blocks = np.array(choice.blocks)
         at = self.moves.of[choice.pool][1]
-        gains = at.again_bytes[blocks] * living.before
-        smallest = int(np.argmin(np.where(gains > 0, gains, np.inf)))
-        probe = replace(choice, recompute=(choice.blocks[smallest],))
-        wanted = need(probe) + float(gains[smallest]) - limit
-        found = cover(list(at.again_seconds[choice.pool][blocks]), list(gains), wanted)
-        return replace(choice, recompute=tuple(choice.blocks[i] for i in found[1])) if found is not None else choice
+        again = (at.again_seconds[choice.pool][blocks], at.again_bytes[blocks] * living.before)
+        away = (at.away_seconds[choice.pool][blocks], at.away_bytes[choice.pool][blocks] * living.before)
+        hosted = bool(problem.may_offload and problem.pools[choice.pool].host)
+        best, least = choice, np.inf
+        for ways in ((again,), (away,), (again, away))[: 3 if hosted else 1]:
+            probe = self._probe(choice, again if ways[0] is again else None, away if ways[-1] is away else None)
+            if probe is None:
+                continue
+            made, gained = probe
+            found = spare([(list(s), list(g)) for s, g in ways], need(made) + gained - limit)
+            if found is not None and found[0] < least:
+                named = [tuple(choice.blocks[i] for i in where) for where in found[1]]
+                recompute, offload = named[0] if ways[0] is again else (), named[-1] if ways[-1] is away else ()
+                best, least = replace(choice, recompute=recompute, offload=offload), found[0]
+        return best
+
+    def _probe(self, choice: StageChoice, again: Way | None, away: Way | None) -> tuple[StageChoice, float] | None:
+        """The stage with the block that gains least recomputed, or offloaded, or one of each; what that gains."""
+        taken: list[int] = []
+        gained = 0.0
+        for way in filter(None, (again, away)):
+            gains = [g if g > 0 and i not in taken else np.inf for i, g in enumerate(way[1])]
+            smallest = int(np.argmin(gains))
+            if not np.isfinite(gains[smallest]):
+                return None
+            taken.append(smallest)
+            gained += float(gains[smallest])
+        blocks = [(choice.blocks[i],) for i in taken]
+        recompute, offload = blocks[0] if again is not None else (), blocks[-1] if away is not None else ()
+        return replace(choice, recompute=recompute, offload=offload), gained
 
 
 def check_candidate(problem: Problem, candidate: Candidate) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partita.cost.affine import Affine
+from partita.cost.away import SMALL
 from partita.cost.blocks import Block
 from partita.cost.kept import tensor_bytes
 from partita.cost.surge import parameters_of_op
@@ -101,6 +102,22 @@ def activations(
         for name in entering:
             kept[b] += size(name)
     return saved, kept, transient
+
+
+def leaving(graph: Graph, table: CostTable, parts: Sequence[Block], owner: Indices) -> Array:
+    """(blocks, 2): of what each block makes and saves, the bytes that nothing outside it uses: they may wait in host
+    memory. Of a tensor of a sample, those of ``SMALL`` bytes and more."""
+    found = np.zeros((len(parts), 2))
+    result = {graph.tensor(name).base or name for name in graph.outputs}
+    users: dict[str, set[int]] = {}
+    for name, ops in table.users.items():
+        users.setdefault(graph.tensor(name).base or name, set()).update(int(owner[i]) for i in ops)
+    for i, row in enumerate(table.kept):
+        b = int(owner[i])
+        for k in row:
+            if k.base and k.base not in result and k.size.at(1) >= SMALL and users.get(k.base, set()) <= {b}:
+                found[b] += (k.size.fixed, k.size.per_sample)
+    return found
 
 
 def edges(graph: Graph, owner: Indices, once: Bools) -> tuple[Edge, ...]:

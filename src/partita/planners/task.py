@@ -109,8 +109,11 @@ class Task:
 
     def alike(self, other: Task) -> bool:
         """Whether the two have the same problems but for memory limits and the optimizer's state."""
-        names = [d.name for d in self.cluster.devices]
-        same = names == [d.name for d in other.cluster.devices] and self.cluster.links == other.cluster.links
+        names = [(d.name, d.host_bandwidth) for d in self.cluster.devices]
+        same = (
+            names == [(d.name, d.host_bandwidth) for d in other.cluster.devices]
+            and self.cluster.links == other.cluster.links
+        )
         same = same and self.constraints == other.constraints and self.processes == other.processes
         return same and self.batch == other.batch
 
@@ -214,7 +217,11 @@ class Task:
     def _parts(self, coarse: int) -> tuple[Block, ...]:
         resolved = self.resolved
         also = [start for _, start in resolved.starts]
-        also += [i for _, ops in (*resolved.together, *resolved.recompute) for i in (min(ops), max(ops) + 1)]
+        also += [
+            i
+            for _, ops in (*resolved.together, *resolved.recompute, *resolved.offload)
+            for i in (min(ops), max(ops) + 1)
+        ]
         marks = dict(resolved.place)
         also += [i for i in range(1, len(self.graph.ops)) if marks.get(i) != marks.get(i - 1)]
         key = (coarse, *sorted(set(also)))
@@ -254,8 +261,12 @@ class Task:
 
 
 def least_alive(problem: Problem) -> float:
-    """Bytes of activations of one microbatch of one sample, were everything recomputed that may be."""
+    """Bytes of activations of one microbatch of one sample, were everything recomputed that may be, or offloaded."""
     saved, kept = problem.single.saved.sum(axis=1), problem.single.kept.sum(axis=1)
     may = list(problem.may_recompute)
     largest = float(saved[may].max()) if may else 0.0
-    return float(saved.sum() - (saved - kept)[may].sum()) + largest
+    least = float(saved.sum() - (saved - kept)[may].sum()) + largest
+    if not problem.may_offload:
+        return least
+    gone = problem.single.gone_at(1)[list(problem.may_offload)]
+    return min(least, float(saved.sum() - gone.sum() + 2.0 * gone.max()))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from partita.errors import InfeasibleError
 from partita.plan import Plan
 from partita.plan_text import counted
-from partita.planners.explain import binding_reasons, cut_reasons, other_reasons, shortage
+from partita.planners.explain import binding_reasons, cut_reasons, offload_reasons, other_reasons, shortage
 from partita.planners.pricing import Ranked
 from partita.planners.problem import Problem
 from partita.planners.remedies import Request, conflict, remedies
@@ -44,6 +44,8 @@ def reasons(task: Task, ranked: Sequence[Ranked], gap: float, teams: str) -> tup
     if any(c.recompute for c in best.candidate.stages):
         parts = sum(len(c.recompute) for c in best.candidate.stages)
         lines.append(f"{parts} parts are recomputed in backward, because their activations do not fit")
+    if not mixed:
+        lines += offload_reasons(best.built, best.candidate)
     if gap > SLACK:
         lines.append(f"memory limits cost at most {gap:.1%} of the step time")
     elif gap > 0:

@@ -33,6 +33,7 @@ def render(plan: Plan, predicted: Trace | None = None, measured: Trace | None = 
             "devices": shorten(stage.devices, 60),
             "runs": shorten(stage.modules, 90) or f"{len(stage.ops)} ops",
             "recompute": shorten(stage.recompute, 60),
+            "offload": shorten(stage.offload.activations, 60),
             "memory": counted([format_bytes(memory[d]) for d in stage.devices if d in memory]),
         }
         for stage in plan.stages

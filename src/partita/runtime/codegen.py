@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from partita.graph import Arg, Graph, Op, Ref, Size, Symbol
 from partita.program import Segment
+from partita.runtime.away import away
 from partita.runtime.kernels import returns_sequence, rewritten
 from partita.sharding.batch import BatchLayouts
 
@@ -75,6 +76,7 @@ class _Writer:
         self.ops = {op.name: op for op in graph.ops}
         self.names: dict[str, Any] = {
             "no_grad": torch.no_grad, "grads": torch.is_grad_enabled, "as_is": nullcontext(), "checkpoint": checkpoint,
+            "away": away,
         }  # fmt: skip
         self.lines: list[str] = []
         self.op_lines: list[tuple[int, Op]] = []
@@ -82,6 +84,9 @@ class _Writer:
         self.use_variable = {i: f"u{i}" for i in range(len(segment.uses))}
         for i, use in enumerate(segment.uses):
             self.variables.setdefault(use.tensor, f"u{i}")
+        self.going: dict[int, list[str]] = {}
+        for tensor, after in segment.away:
+            self.going.setdefault(after, []).append(tensor)
         self.choice = {(op, tensor): f"u{i}" for op, tensor, i in segment.choices}
 
     def constant(self, prefix: str, value: Any) -> str:
@@ -151,8 +156,15 @@ class _Writer:
         kept = set(self.segment.outputs) | {t for _, t, _ in self.segment.choices}
         drops = _drops({t: i for t, i in last_use.items() if t not in kept})
         starts = dict(self.segment.recompute)
+        hosted = {a: b for a, b in self.segment.offload if any(a <= i < b for i in self.going)}
+        if hosted:
+            self.lines.append("    outside = away(dev)")
         i = 0
         while i < len(ops):
+            if i in hosted:
+                self.hosted(ops, i, hosted[i], drops)
+                i = hosted[i]
+                continue
             if i in starts:
                 inner = self.range(ops, i, starts[i], kept)
                 i = starts[i]
@@ -164,13 +176,25 @@ class _Writer:
                 i += 1
                 continue
             self.lines.append(f"    {NO_GRAD}")
-            while i < len(ops) and not ops[i].grad and i not in starts:
+            while i < len(ops) and not ops[i].grad and i not in starts and i not in hosted:
                 self.call(ops[i], "        ")
                 self.drop(i, drops, "        ")
                 i += 1
         results = "".join(f"{self.variables[t]}, " for t in self.segment.outputs)
         self.lines.append(f"    return ({results})")
         return "\n".join(self.lines), self.names
+
+    def hosted(self, ops: list[Op], start: int, end: int, drops: Mapping[int, list[str]]) -> None:
+        """Ops [start, end), of which something that autograd saves goes to the host."""
+        self.lines.append("    with outside:")
+        for i in range(start, end):
+            indent = "        "
+            if not ops[i].grad:
+                self.lines.append(f"{indent}{NO_GRAD}")
+                indent += "    "
+            self.call(ops[i], indent)
+            self.lines += [f"{indent}outside.send({self.variables[t]})" for t in self.going.get(i, ())]
+            self.drop(i, drops, indent)
 
     def range(self, ops: list[Op], start: int, end: int, kept: set[str]) -> set[str]:
         """Ops [start, end) as an inner function under activation checkpointing, but for ``kept`` each tensor dropped

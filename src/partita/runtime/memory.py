@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from partita.cost.away import has_host
 from partita.cost.memory import shares_memory
 from partita.runtime.loss import WithLoss
 from partita.torch_compat import TorchDispatchMode, local_part, pytree
@@ -156,7 +157,7 @@ _here = threading.local()
 
 @contextmanager
 def counted_on(device: str) -> Iterator[None]:
-    """What this thread makes meanwhile counts as that device's, where memory is being measured."""
+    """What this thread makes meanwhile counts as that device's, where memory is being measured and it has a meter."""
     meters = getattr(_here, "meters", None)
     if meters is None or device not in meters:
         yield
@@ -166,6 +167,11 @@ def counted_on(device: str) -> Iterator[None]:
         yield
     finally:
         _here.counted_on = None
+
+
+def host_of(device: str) -> str:
+    """What the host's memory is counted as, beside a device that is apart from it."""
+    return f"host of {device}"
 
 
 def storage_bytes(values: Iterable[torch.Tensor]) -> int:
@@ -187,7 +193,8 @@ def measure_memory(
     Counts as the prediction does: parameters (a shared one with its first device; of one whose rows are dealt out, each
     device its own), gradients (of replicas that make them together, with the first), the state ``optimizer`` has now,
     and activations; where devices share a memory, what one sends another stays its own until nobody needs it.
-    ``"caller"``: made outside the devices.
+    ``"caller"``: made outside the devices; ``"host of cuda:0"``: what a plan's ``offload`` keeps there, where the
+    device has a memory apart from its host's (``Device.host_bandwidth``).
     """
     module = parallel.module
     kept = {p: p.grad for p in module.parameters()}
@@ -196,8 +203,10 @@ def measure_memory(
     try:
         owners = _owners(parallel, args, dict(kwargs or {}))
         meters = {device: MemoryMeter(adopt=True) for device in owners}
+        apart = {host_of(d.name): MemoryMeter() for d in parallel._team.devices if has_host(d)}
         for device, meter in meters.items():
             meter.others = tuple(m for d, m in meters.items() if d != device and shares_memory(d))
+            meter.others += tuple(apart.values())
         for device, held in owners.items():
             if shares_memory(device):
                 meters[device].ignore([*held.others, *(p for p, _ in held.rows)])
@@ -208,13 +217,16 @@ def measure_memory(
                 state = optimizer.state.get(whole, {}) if optimizer is not None else {}
                 meters[device].hold_bytes(round(share * (storage_bytes([whole]) + storage_bytes(_tensors(state)))))
         outside = MemoryMeter()
+        meters.update(apart)
         with _metered(parallel, meters), outside:
             if parallel.training:
                 parallel.train_step(*args, **dict(kwargs or {}))
             else:
                 with torch.no_grad():
                     parallel(*args, **dict(kwargs or {}))
-        return {**{device: meter.peak_bytes for device, meter in meters.items()}, "caller": outside.peak_bytes}
+        unused = [name for name, meter in apart.items() if not meter.peak_bytes]
+        found = {device: meter.peak_bytes for device, meter in meters.items() if device not in unused}
+        return {**found, "caller": outside.peak_bytes}
     finally:
         for parameter, grad in kept.items():
             parameter.grad = grad

@@ -71,11 +71,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The steps of one device's list. ``puts_off``: weight gradients have steps (W) of their own."""
+    """The steps of one device's list. ``puts_off``: weight gradients have steps (W) of their own. ``hosted``: something
+    waits in host memory (``away``)."""
 
     instructions: tuple[Instruction, ...]
     steps: tuple[Step, ...]
     puts_off: bool
+    hosted: bool = False
 
 
 def route(
@@ -134,7 +136,9 @@ def route(
             value, grad = (instruction.tensor, microbatch), instruction.grad
             step = replace(step, value=value, message=(*value, index if grad else -1, grad))
         steps.append(step)
-    return Route(instructions, tuple(steps), any(i.kind == "W" for i in instructions))
+    return Route(
+        instructions, tuple(steps), any(i.kind == "W" for i in instructions), any(s.away for s in program.segments)
+    )
 
 
 def _away(program: Program, source: int, segment: int, microbatch: int) -> bool:

@@ -19,6 +19,7 @@ import torch
 from partita.errors import ExecutionError
 from partita.graph import Graph
 from partita.program import Fixed, Instruction, Partial, Program, Split, Use, Whole
+from partita.runtime.away import Traffic, use_traffic
 from partita.runtime.codegen import SegmentCode
 from partita.runtime.layout import cat
 from partita.runtime.route import Inlet, Route, Step, parts, route
@@ -58,6 +59,7 @@ class DeviceState:
     events: list[Event] = field(default_factory=list)
     queue: WeightQueue = field(default_factory=WeightQueue)
     clones: dict[str, torch.Tensor] = field(default_factory=dict)
+    traffic: Traffic | None = None
 
 
 @dataclass(eq=False)
@@ -110,6 +112,9 @@ class Worker:
         do = {"F": self.forward, "B": self.backward, "W": self.weights, "SEND": self.send, "RECV": self.receive}
         use_queue(self.mine.queue if len(state.program.sizes) > 1 else None)
         self.mine.queue.put_off = route.puts_off
+        if route.hosted:
+            self.mine.traffic = self.mine.traffic or Traffic(self.mine.device, self.name)
+            use_traffic(self.mine.traffic)
         start = 0.0
         try:
             with torch.inference_mode(state.inference), torch.set_grad_enabled(state.grad):
@@ -125,6 +130,8 @@ class Worker:
                         self.record(step.instruction, start)
         finally:
             use_queue(None)
+            if route.hosted:
+                use_traffic(None)
 
     def route(self, instructions: tuple[Instruction, ...]) -> Route:
         """Made once for an instruction list, and kept with the code that it is for."""

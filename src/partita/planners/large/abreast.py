@@ -115,7 +115,7 @@ def _summed(search: Search, loads: Loads, degrees: Degrees, rows: tuple[Row, ...
         )  # fmt: skip
     slow = max(range(len(stages)), key=lambda i: stages[i].forward + stages[i].backward)
     row, load = rows[slow], loaded[slow]
-    plain = row.forward @ (row.all + load.again[:, 0]) + (row.backward @ row.all if pricer.train else 0.0)
+    plain = row.forward @ row.all + row.relief @ load.again[:, 0] + (row.backward @ row.all if pricer.train else 0.0)
     gathered = rounds * max(float(load.busy[0] - plain), 0.0)
     seconds = rounds * float(load.busy[0]) + max(s.tail for s in stages)
     m = rounds * sum(g.replicas for g in degrees.groups)

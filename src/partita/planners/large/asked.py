@@ -39,7 +39,10 @@ def asked(graph: Graph, pools: Sequence[Pool], constraints: Constraints) -> Aske
     names = _Names(graph, problems)
     together = [ops for entry in constraints.keep_together for ops in names.groups(entry, alone=len(entry) == 1)]
     starts = [(name, ops[0]) for glob in constraints.split_before for name, ops in names.of(glob, "split_before")]
-    again = [ops for glob in constraints.recompute for _, ops in names.of(glob, "recompute")]
+    again, away = (
+        [ops for glob in getattr(constraints, what) for _, ops in names.of(glob, what)]
+        for what in ("recompute", "offload")
+    )
     legal = legal_cuts(graph) if starts else ()
     for name, op in starts:
         if op == 0:
@@ -47,8 +50,13 @@ def asked(graph: Graph, pools: Sequence[Pool], constraints: Constraints) -> Aske
         elif not legal[op]:
             problems.append(f"split_before {name!r}: an op after it changes in place what an op before it made")
     wanted = _wanted(graph, constraints.shard, problems)
-    row = _row(graph, [op for _, op in starts], together, again)
-    marks = _marks(graph, row, [op for _, op in starts], together, again)
+    row = _row(graph, [op for _, op in starts], together, [*again, *away])
+    marks = _marks(graph, row, [op for _, op in starts], together, again, away)
+    both = {u.kind for u, a, h in zip(row.row, marks.again, marks.away, strict=True) if a and not h}
+    if both & {u.kind for u, h in zip(row.row, marks.away, strict=True) if h}:
+        problems.append("recompute and offload name equal parts, which are kept in one way here: take one of them")
+    if away and not all(pool.device.host_bandwidth for pool in pools):
+        problems.append("offload: nobody said how fast the devices reach host memory; describe host_bandwidth")
     places = tuple(
         _placed(graph, row, pools, ops, device, problems)
         for glob, device in constraints.place
@@ -56,7 +64,7 @@ def asked(graph: Graph, pools: Sequence[Pool], constraints: Constraints) -> Aske
     )
     if problems:
         raise PlanError("the constraints cannot be met", tuple(dict.fromkeys(problems)))
-    marks = Marks(marks.cuts, marks.floor, marks.again, tuple(p for p in places if p is not None))
+    marks = Marks(marks.cuts, marks.floor, marks.again, marks.away, tuple(p for p in places if p is not None))
     return Asked(row, limits_of(constraints), marks, wanted)
 
 
@@ -126,8 +134,9 @@ def _shares(graph: Graph, row: Units, ops: Sequence[int]) -> dict[int, float]:
 
 
 def _marks(
-    graph: Graph, row: Units, starts: Sequence[int], together: Sequence[Sequence[int]], again: Sequence[Sequence[int]]
-) -> Marks:
+    graph: Graph, row: Units, starts: Sequence[int], together: Sequence[Sequence[int]], again: Sequence[Sequence[int]],
+    away: Sequence[Sequence[int]],
+) -> Marks:  # fmt: skip
     marks = Marks.none(len(row.row))
     at = np.array([u.start for u in row.row])
     meant = {*starts, *(min(ops) for ops in together), *(max(ops) + 1 for ops in together)}
@@ -140,6 +149,10 @@ def _marks(
         marks.floor[unit + 1 :] = np.maximum(marks.floor[unit + 1 :], unit)
     for ops in again:
         for u, share in _shares(graph, row, ops).items():
+            marks.again[u] |= share >= MOST
+    for ops in away:
+        for u, share in _shares(graph, row, ops).items():
+            marks.away[u] |= share >= MOST
             marks.again[u] |= share >= MOST
     return marks
 

@@ -92,7 +92,7 @@ def stages_of(search: Search, layout: Layout) -> tuple[Stage, ...]:
         for (start, stop), some in zip(mine.spans, again, strict=True):
             counts = row.counts[:, stop] - row.counts[:, start]
             forward = float(row.forward @ counts)
-            backward = float(row.backward @ counts) + sum(float(row.forward[search.kinds[u]]) for u in some)
+            backward = float(row.backward @ counts) + sum(float(row.relief[search.kinds[u]]) for u in some)
             plain.append((forward, backward, float(row.late @ counts)))
         scale = [
             mine.forward / max(sum(x[0] for x in plain), 1e-30),

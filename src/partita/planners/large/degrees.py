@@ -64,7 +64,8 @@ class Degrees:
 
 @dataclass(frozen=True, slots=True)
 class StageLayout:
-    """``spans``: units [start, stop) of each chunk. ``recomputed``: units of each kind. Seconds are a microbatch's.
+    """``spans``: units [start, stop) of each chunk. ``recomputed``: units of each kind that are, or are offloaded
+    (``Row.leaves``). Seconds are a microbatch's.
 
     ``late``: part of ``backward`` that no other stage waits for (weight gradients). ``tail``: after the last
     microbatch. ``transfer``: one way, of what all its chunks receive.

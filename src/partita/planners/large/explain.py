@@ -193,16 +193,25 @@ def _memory(search: Search, best: Layout) -> str:
     fullest = _fullest(search, best)
     stage = best.stages[fullest]
     pool = search.pools[best.degrees.groups[stage.group].pool]
+    rows = search.rows(best.degrees)
+    assert rows is not None
     again = [sum(s.recomputed) for s in best.stages]
+    away = sum(n for s in best.stages for n, leaves in zip(s.recomputed, rows[s.group].leaves, strict=True) if leaves)
     units = [sum(b - a for a, b in s.spans) for s in best.stages]
     room = format_bytes(pool.device.memory_bytes)
     who = f"a replica on {pool.device.kind}" if best.degrees.shares else f"stage {fullest}"
     text = f"memory: {who} is fullest with {format_bytes(stage.memory)} of {room}"
     if not any(again):
-        return f"{text}; nothing is recomputed"
+        return f"{text}; nothing is recomputed or offloaded"
     binds = "memory binds: " if best.degrees.recompute == "needed" else ""
+    if not away:
+        how = "recomputed in backward"
+    elif away == sum(again):
+        how = "offloaded: their activations wait in host memory"
+    else:
+        how = f"relieved: {away} offloaded to host memory, {sum(again) - away} recomputed in backward"
     return (
-        f"{text}; {binds}up to {max(again)} of {max(units)} units a device are recomputed in backward "
+        f"{text}; {binds}up to {max(again)} of {max(units)} units a device are {how} "
         f"({sum(again)} of {sum(units)} in all)"
     )
 

@@ -89,7 +89,7 @@ class Pricer:
             transfer = v * send_seconds(pool, group, entering, degrees.sequence)
             mine = ceil(m / group.replicas)
             exchanged += float(row.exchanged @ counts[:, 0]) * mine / p
-            plain = row.forward @ (counts + load.again) + (row.backward @ counts if self.train else 0.0)
+            plain = row.forward @ counts + row.relief @ load.again + (row.backward @ counts if self.train else 0.0)
             gathered += max(float((load.busy - plain)[0]), 0.0) * mine / p
             made.append(
                 StageLayout(

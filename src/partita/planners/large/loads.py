@@ -1,9 +1,10 @@
-"""Loads: what units cost one device of a stage, in seconds and bytes; recomputation as far as memory is short.
+"""Loads: what units cost one device of a stage, in seconds and bytes; recomputed or offloaded as memory asks.
 
 weights, gradients, state    2 + 2 + 12 bytes a parameter in mixed precision with Adam (Rajbhandari et al., 2020),
                              divided by the replicas from ZeRO level 1 (12), 2 (2 more), 3 (all)
-activations                  microbatches in flight x what each unit saves; of recomputed units what enters them
-working                      one unit's saved activations while it is recomputed, twice its largest results
+activations                  microbatches in flight x what each unit saves; of recomputed and offloaded ones what enters
+working                      one unit's saved activations while it is recomputed, two units' that are copied to the host
+                             and back, twice its largest results
 buffers                      two messages each way; a reserve for the driver and the communication library
 """
 
@@ -26,7 +27,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Of all units together. ``price``: least seconds of forward that free a byte by recomputing, ``rate``: most bytes
+    """Of all units together. ``price``: least seconds that free a byte by recomputing or offload, ``rate``: most bytes
     kept a second of work."""
 
     forward: float
@@ -40,21 +41,23 @@ class Totals:
     rate: float
 
     @staticmethod
-    def of(vectors: Mapping[str, Array], counts: Array, fixed: Array) -> Totals:
+    def of(vectors: Mapping[str, Array], relief: Array, counts: Array, fixed: Array) -> Totals:
         sums = {k: float(vectors[k] @ counts) for k in ("forward", "backward", "late", "saved", "weights", "trained")}
         freed, there = np.maximum(vectors["saved"] - vectors["entry"], 0.0), counts > 0
         some = (freed > 0) & there
-        price = float(np.min(vectors["forward"][some] / freed[some])) if some.any() else np.inf
+        price = float(np.min(relief[some] / freed[some])) if some.any() else np.inf
         busy = np.maximum(vectors["forward"] + vectors["backward"], 1e-30)
         rate = float(np.max(vectors["saved"][there] / busy[there]))
-        return Totals(**sums, fixed=float(vectors["forward"] @ fixed), price=price, rate=rate)
+        return Totals(**sums, fixed=float(relief @ fixed), price=price, rate=rate)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
     """Prices of all units in order for one pool and degree: (kinds,) vectors; counts of each kind up to each unit.
 
-    ``fixed``: the same counts of the units that are recomputed because a person said so.
+    ``fixed``: the same counts of the units that are relieved because a person said so. To relieve a unit of what it
+    saved, its activations are made again or, where ``leaves`` says so, wait in host memory: ``relief`` seconds, and
+    ``peak`` bytes while any is. A kind of unit has one way: the quicker, or the one that a person named.
     """
 
     counts: Array  # (kinds, units + 1)
@@ -70,16 +73,32 @@ class Row:
     sent: Array
     weights: Array
     trained: Array
+    relief: Array
+    leaves: NDArray[np.bool_]
+    peak: Array
     total: Totals
 
     @staticmethod
-    def of(kinds: NDArray[np.int64], prices: tuple[UnitPrice, ...], again: NDArray[np.bool_]) -> Row:
+    def of(
+        kinds: NDArray[np.int64], prices: tuple[UnitPrice, ...], again: NDArray[np.bool_],
+        away: NDArray[np.bool_] | None = None, host: float = 0.0,
+    ) -> Row:  # fmt: skip
+        """``again``, ``away``: units that a person named. ``host``: seconds a byte to the host's memory (0: not)."""
         one = np.zeros((len(prices), len(kinds) + 1))
         one[kinds, np.arange(len(kinds)) + 1] = 1.0
         vectors = {f.name: np.array([getattr(p, f.name) for p in prices], dtype=float) for f in fields(UnitPrice)}
         fixed = np.cumsum(one * np.concatenate(([False], again)), axis=1)
         counts = np.cumsum(one, axis=1)
-        return Row(counts, fixed, kinds, **vectors, total=Totals.of(vectors, counts[:, -1], fixed[:, -1]))
+        named = away if away is not None else np.zeros(len(kinds), dtype=bool)
+        freed = np.maximum(vectors["saved"] - vectors["entry"], 0.0)
+        copies = freed * host if host else np.full(len(freed), np.inf)
+        waits = sum(np.maximum(copies - vectors[step], 0.0) for step in ("forward", "backward"))
+        leaves = waits < vectors["forward"]
+        leaves[kinds[again & ~named]] = False
+        leaves[kinds[named]] = True
+        relief, peak = np.where(leaves, waits, vectors["forward"]), np.where(leaves, 2.0 * freed, vectors["saved"])
+        total = Totals.of(vectors, relief, counts[:, -1], fixed[:, -1])
+        return Row(counts, fixed, kinds, **vectors, relief=relief, leaves=leaves, peak=peak, total=total)
 
     @property
     def all(self) -> Array:
@@ -90,7 +109,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Load:
-    """Of columns of unit counts: seconds and bytes, and recomputed units of each kind; infinite where none fits."""
+    """Of columns of unit counts: seconds and bytes, and relieved units of each kind; infinite where none fits."""
 
     forward: Array
     backward: Array
@@ -158,12 +177,12 @@ class Loads:
         if self.gathering(degrees, group):
             key = (group, id(row))
             if key not in self._least:
-                again = row.forward if everything else 0.0
+                again = row.relief if everything else 0.0
                 self._least[key] = float(self._beside(group, row, row.forward, row.backward + again) @ row.all)
             return self._least[key]
         if not self.train:
             return total.forward
-        return total.forward + total.backward + (total.forward if everything else total.fixed)
+        return total.forward + total.backward + (float(row.relief @ row.all) if everything else total.fixed)
 
     def _beside(self, group: Group, row: Row, forward: Array, backward: Array) -> Array:
         """Seconds of each unit with its gathers beside it: the next unit's weights come while this one runs."""
@@ -178,13 +197,13 @@ class Loads:
         """Seconds of each unit in one microbatch, nothing recomputed that need not be."""
         if not self.train:
             return row.forward
-        again = row.forward if degrees.recompute == "all" else 0.0
+        again = row.relief if degrees.recompute == "all" else 0.0
         result: Array = row.forward + again + row.backward
         return result
 
     def load(self, degrees: Degrees, stage: int, row: Row, counts: Array, fixed: Array, flight: float) -> Load:
         """``flight``: microbatches held at the peak, each with all of the units' activations. ``fixed``: of the counts,
-        units that are recomputed in any case.
+        units that are relieved in any case.
         """
         group = degrees.groups[degrees.group_of(stage)]
         forward, backward = row.forward @ counts, row.backward @ counts
@@ -193,7 +212,7 @@ class Loads:
             backward = np.zeros_like(forward)
         need, again = self._memory(degrees, group, row, counts, fixed, flight)
         if self.train:
-            backward = backward + row.forward @ again
+            backward = backward + row.relief @ again
         fits = need <= self.limit(self.pools[group.pool])
         if degrees.schedule == "zero_bubble":  # what is made again would have to stay until the weights' turn
             fits &= again.sum(axis=0) == 0
@@ -211,7 +230,7 @@ class Loads:
 
         total = beside(row.forward, there) @ counts + np.max(np.where(counts > 0, there[:, None], 0.0), axis=0)
         if self.train:
-            plain, twice = beside(row.backward, back), beside(row.backward + row.forward, back)
+            plain, twice = beside(row.backward, back), beside(row.backward + row.relief, back)
             total = total + plain @ (counts - again) + twice @ again
             total = total + np.max(np.where(counts > 0, (back - there)[:, None], 0.0), axis=0)
         result: Array = total
@@ -220,7 +239,7 @@ class Loads:
     def _memory(
         self, degrees: Degrees, group: Group, row: Row, counts: Array, fixed: Array, flight: float
     ) -> tuple[Array, Array]:
-        """(bytes, recomputed units a kind): as little recomputed as fits."""
+        """(bytes, relieved units a kind): as few as fits."""
         state, r, z = self.state, group.replicas, degrees.zero
         held = (state.weight / (r if z >= 3 else 1)) * (row.weights @ counts)
         share = state.gradient / (r if z >= 2 else 1) + state.optimizer / (r if z >= 1 else 1)
@@ -235,7 +254,7 @@ class Loads:
         if not self.train:
             return need, again
         saved, entry = row.saved, row.entry
-        largest = np.max(np.where(there, saved[:, None], 0.0), axis=0)
+        largest = np.max(np.where(there, row.peak[:, None], 0.0), axis=0)
         plain = need + flight * (saved @ counts)
         gains = flight * np.maximum(saved - entry, 0.0)
         again = counts.copy() if degrees.recompute == "all" else fixed.copy()
@@ -243,7 +262,7 @@ class Loads:
             short = plain - gains @ again - self.limit(self.pools[group.pool])
             some = again.sum(axis=0) > 0
             deficit = np.where(short + np.where(some, largest, 0.0) > 0, short + largest, 0.0)
-            for kind in np.argsort(-gains / np.maximum(row.forward, 1e-30)):
+            for kind in np.argsort(-gains / np.maximum(row.relief, 1e-30), kind="stable"):
                 if gains[kind] <= 0:
                     continue
                 take = np.minimum(counts[kind] - again[kind], np.ceil(np.maximum(deficit, 0.0) / gains[kind]))
@@ -260,7 +279,7 @@ class Loads:
         twice = np.array(again, dtype=float)
         weights, trained = float(row.weights @ counts), float(row.trained @ counts)
         r, there = group.replicas, counts > 0
-        working = float(np.max(row.working[there])) + (float(np.max(row.saved[there])) if twice.any() else 0.0)
+        working = float(np.max(row.working[there])) + (float(np.max(row.peak[there])) if twice.any() else 0.0)
         if z >= 3:
             working += 2.0 * state.weight * float(np.max(row.weights[there]))
         flight = float(self.flights(degrees, self.microbatches(degrees))[stage]) if self.train else 0.0

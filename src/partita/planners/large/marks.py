@@ -25,18 +25,20 @@ class Placed:
 @dataclass(frozen=True, slots=True, eq=False)
 class Marks:
     """``cuts[i]``: a stage may begin at unit ``i``. ``floor[stop]``: the first unit at which a stage that ends there
-    may begin. ``again[u]``: the unit is recomputed whatever the memory.
+    may begin. ``again[u]``: the unit is recomputed, or where ``away[u]`` offloaded, whatever the memory.
     """
 
     cuts: NDArray[np.bool_]
     floor: NDArray[np.int64]
     again: NDArray[np.bool_]
+    away: NDArray[np.bool_]
     places: tuple[Placed, ...] = ()
 
     @staticmethod
     def none(units: int) -> Marks:
         """Nothing is fixed."""
-        return Marks(np.ones(units, dtype=bool), np.zeros(units + 1, dtype=np.int64), np.zeros(units, dtype=bool))
+        again, away = (np.zeros(units, dtype=bool) for _ in range(2))
+        return Marks(np.ones(units, dtype=bool), np.zeros(units + 1, dtype=np.int64), again, away)
 
     @property
     def starts(self) -> NDArray[np.int64]:
@@ -72,13 +74,13 @@ class Marks:
                     if b.first <= a.last:
                         return None
                     floor[b.first + 1 :] = np.maximum(floor[b.first + 1 :], a.last + 1)
-        return Marks(cuts, floor, self.again, self.places)
+        return Marks(cuts, floor, self.again, self.away, self.places)
 
     def recomputed(
         self, kinds: NDArray[np.int64], spans: Sequence[tuple[int, int]], counts: Sequence[int]
     ) -> tuple[frozenset[int], ...]:
-        """Of each span, the units that run again in backward, so many of each kind: those a person named, then the
-        first ones.
+        """Of each span, the units that are relieved of what they save, so many of each kind: those a person named,
+        then the first ones.
         """
         named = {u for a, b in spans for u in range(a, b) if self.again[u]}
         left = list(counts)

@@ -12,7 +12,7 @@ from partita.cost.roofline import Assumptions
 from partita.errors import PlanError, UsageError
 from partita.graph import Graph
 from partita.manual import stage_names
-from partita.plan import Batch, Plan, Predicted, Stage
+from partita.plan import Batch, Offload, Plan, Predicted, Stage
 from partita.plan_text import explain_later
 from partita.planners.constraints import Constraints
 from partita.planners.large.abreast import abreast, sizes_of
@@ -127,26 +127,28 @@ def to_plan(search: Search, layout: Layout) -> Plan:
     """Stages in the model's order; a stage's devices are replicas, each of ``tensor`` devices in a row."""
     graph, degrees = search.graph, layout.degrees
     row, count = search.units.row, degrees.stages * degrees.chunks
-    p = degrees.stages
+    p, rows = degrees.stages, search.rows(degrees)
+    assert rows is not None
     again_in = [search.marks.recomputed(search.kinds, x.spans, x.recomputed) for x in layout.stages]
     again_of = [again_in[s % p][s // p] for s in range(count)]
     stage_of: dict[str, int] = {}
     marked: dict[str, int] = {}
     for s in range(count):
         start, stop = layout.stages[s % degrees.stages].spans[s // degrees.stages]
+        away = [u for u in again_of[s] if rows[layout.stages[s % p].group].leaves[search.kinds[u]]]
         for u in range(start, stop):
             for i in row[u].ops:
                 stage_of[graph.ops[i].name] = s
-                marked[graph.ops[i].name] = 2 * s + (u in again_of[s])
+                marked[graph.ops[i].name] = 3 * s + (1 + (u in away) if u in again_of[s] else 0)
     blocks = blocks_in_order(degrees, tuple(s.spans for s in layout.stages), search.marks.places)
     names = stage_names(graph, stage_of, count)
-    again = stage_names(graph, marked, 2 * count)
+    kept = stage_names(graph, marked, 3 * count)
     stages = []
     for s in range(count):
         rank = s % degrees.stages
         group = degrees.groups[layout.stages[rank].group]
         modules, ops = names[s]
-        repeated = (*again[2 * s + 1][0], *again[2 * s + 1][1])
+        repeated, sent = ((*kept[k][0], *kept[k][1]) for k in (3 * s + 1, 3 * s + 2))
         stages.append(
             Stage(
                 _devices(search.pools, degrees, rank, blocks[rank]),
@@ -155,6 +157,7 @@ def to_plan(search: Search, layout: Layout) -> Plan:
                 repeated,
                 _shards(search, layout, s),
                 group.degree,
+                Offload(sent),
             )
         )
     return Plan(

@@ -114,7 +114,7 @@ class Search:
             pools, batch, assume, optimizer=optimizer, headroom=headroom, train=train, ties=self.ties,
             marks=self.marks, microbatches=self.limits.microbatches,
         )  # fmt: skip
-        self._rows: dict[tuple[int, int, bool, int], Row | None] = {}
+        self._rows: dict[tuple[int, int, bool, int, bool], Row | None] = {}
 
     def changed(self, pools: tuple[Pool, ...] | None = None, batch: int = 0, optimizer: str = "") -> Search:
         """The same search on other devices, for another batch or optimizer."""
@@ -151,16 +151,25 @@ class Search:
 
         return priced(self) == priced(other)
 
-    def row(self, pool: int, degree: int, sequence: bool, samples: int) -> Row | None:
-        key = (pool, degree, sequence, samples)
+    def row(self, pool: int, degree: int, sequence: bool, samples: int, *, stays: bool = False) -> Row | None:
+        """``stays``: nothing is offloaded."""
+        key = (pool, degree, sequence, samples, stays)
         if key not in self._rows:
-            prices = self.prices.of(self.pools[pool], degree, sequence, samples)
-            self._rows[key] = Row.of(self.kinds, prices, self.marks.again) if prices is not None else None
+            prices, marks = self.prices.of(self.pools[pool], degree, sequence, samples), self.marks
+            bandwidth = 0.0 if stays else self.pools[pool].device.host_bandwidth * self.assume.links
+            host = 1.0 / bandwidth if bandwidth else 0.0
+            row = Row.of(self.kinds, prices, marks.again, marks.away, host) if prices is not None else None
+            self._rows[key] = row
         return self._rows[key]
 
     def rows(self, degrees: Degrees) -> tuple[Row, ...] | None:
         sizes = degrees.shares or (degrees.samples,) * len(degrees.groups)
-        found = [self.row(g.pool, g.degree, degrees.sequence, n) for g, n in zip(degrees.groups, sizes, strict=True)]
+        # all is recomputed as asked; side by side a plan names what is recomputed for devices of all kinds
+        stays = degrees.recompute == "all" or (bool(degrees.shares) and not self.marks.away.any())
+        found = [
+            self.row(g.pool, g.degree, degrees.sequence, n, stays=stays)
+            for g, n in zip(degrees.groups, sizes, strict=True)
+        ]
         return None if any(r is None for r in found) else tuple(r for r in found if r is not None)
 
     def run(self, seconds: float = SECONDS, first: Sequence[Degrees] = ()) -> Found:
@@ -224,7 +233,7 @@ class Search:
 
     def _why_not(self, listed: int) -> str:
         if listed:
-            return "activations and weights of every layout exceed the devices' memory, even where all is recomputed"
+            return "activations and weights of every layout exceed the devices' memory, even where nothing is kept"
         return "weights, gradients and optimizer state exceed the memory of all devices together"
 
     # -- what there is to try
