@@ -186,9 +186,10 @@ def _names(plan: Plan, graph: Graph) -> list[str]:
         for name in stage.recompute:
             if name and name not in op_names and not _runs(name, modules):
                 problems.append(_unknown(f"stage {s} recomputes {name!r}", name, graph, modules))
-        for name in stage.offload.activations:
-            if name and name not in op_names and not _runs(name, modules):
-                problems.append(_unknown(f"stage {s} offloads the activations of {name!r}", name, graph, modules))
+        for kind in ("activations", "parameters"):
+            for name in getattr(stage.offload, kind):
+                if name and name not in op_names and not _runs(name, modules):
+                    problems.append(_unknown(f"stage {s} offloads the {kind} of {name!r}", name, graph, modules))
     return problems
 
 
@@ -197,7 +198,8 @@ def _kept(plan: Plan, graph: Graph, stage_of: Mapping[str, int]) -> list[str]:
     lines = []
     for s, stage in enumerate(plan.stages):
         ways: dict[str, dict[str, str]] = {}
-        for word, names in (("recompute", stage.recompute), ("offload", stage.offload.activations)):
+        offload = tuple(dict.fromkeys((*stage.offload.activations, *stage.offload.parameters)))
+        for word, names in (("recompute", stage.recompute), ("offload", offload)):
             for name in names:
                 ops = [op.name for op in graph.ops if op.name == name or (name and covers(name, op.module))]
                 where = {stage_of[op] for op in ops}
@@ -213,6 +215,41 @@ def _kept(plan: Plan, graph: Graph, stage_of: Mapping[str, int]) -> list[str]:
             "bring back; list each part under one of them"
             for again, away in pairs
         ]
+        lines += _lent(plan, graph, stage_of, s)
+    return lines
+
+
+def _lent(plan: Plan, graph: Graph, stage_of: Mapping[str, int], s: int) -> list[str]:
+    """What is wrong with parameters that a stage keeps in host memory."""
+    stage, lines = plan.stages[s], []
+    names = stage.offload.parameters
+    if not names:
+        return []
+    if stage.tensor > 1 or plan.zero:
+        what = "divides its ops" if stage.tensor > 1 else f"has its state divided by ZeRO {plan.zero}"
+        lines.append(f"stage {s} offloads parameters and {what}: a device would hold parts of both; take one of them")
+    listed = dict.fromkeys((*stage.offload.activations, *names))
+    for name in listed:
+        other = next((n for n in listed if n != name and (not n or covers(n, name))), None)
+        if other is not None:
+            lines.append(f"stage {s} offloads {name!r} and {other!r}, which is around it: list one of them")
+    inside = {
+        op.name for op in graph.ops for n in names
+        if stage_of[op.name] == s and (op.name == n or not n or covers(n, op.module))
+    }  # fmt: skip
+    held: dict[str, str] = {}
+    for op in graph.ops:
+        for name in op.uses() if op.name in inside else ():
+            if graph.tensor(name).role == "parameter":
+                held.setdefault(name, op.name)
+    for op in graph.ops:
+        for name in op.uses() if op.name not in inside else ():
+            if name in held:
+                lines.append(
+                    f"stage {s} offloads {graph.tensor(name).path or name!r}, which {_where(op)} uses too: list that "
+                    "under offload as well, or keep both on the device"
+                )
+                held.pop(name)
     return lines
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partita.assign import Names, stages_of
 from partita.cost.away import leaving
@@ -21,7 +21,7 @@ from partita.divide import Division, divide, leaders
 from partita.graph import Graph, Op
 from partita.lockstep import effective
 from partita.phases import divides, phases_of
-from partita.plan import Plan
+from partita.plan import Offload, Plan
 from partita.program import Fixed, Instruction, Layout, Once, Program, Segment, Split, Use, Whole
 from partita.schedules import schedule
 from partita.sharding.batch import BatchLayouts
@@ -139,32 +139,45 @@ def _segments(
         rewritten = phase == "split" and not single
         rescaled = tuple(op.name for op in ops if op.name in layouts.rewrites) if rewritten else ()
         names = tuple(op.name for op in ops)
-        offload = _listed(ops, plan.stages[stage].offload.activations) if stage >= 0 else ()
-        away: tuple[tuple[str, int], ...] = ()
-        if offload:
-            at, samples = [position_of[name] for name in names], max(sizes) if phase == "split" else sum(sizes)
-            away = leaving(graph, at, offload, recompute, outputs, given_bytes(graph), samples)
-        result.append(
-            Segment(stage, phase, names, uses_of[i], outputs, recompute, choices_of[i], rescaled, offload, away)
-        )
+        segment = Segment(stage, phase, names, uses_of[i], outputs, recompute, choices_of[i], rescaled)
+        if stage >= 0 and plan.stages[stage].offload:
+            samples = max(sizes) if phase == "split" else sum(sizes)
+            segment = _offloaded(graph, ops, segment, plan.stages[stage].offload, position_of, samples)
+        result.append(segment)
     return tuple(result)
 
 
-def _listed(ops: list[Op], patterns: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    """Index ranges of the ops of each listed module or op."""
+def _offloaded(
+    graph: Graph, ops: list[Op], segment: Segment, offload: Offload, position_of: Mapping[str, int], samples: int
+) -> Segment:
+    """The segment with what waits in host memory."""
+    listed = _listed(ops, tuple(dict.fromkeys((*offload.activations, *offload.parameters))))
+    mine = tuple((start, stop) for start, stop, name in listed if name in offload.activations)
+    at = [position_of[op.name] for op in ops]
+    away = leaving(graph, at, mine, segment.recompute, segment.outputs, given_bytes(graph), samples) if mine else ()
+    lent = []
+    for start, stop, name in listed:
+        uses = dict.fromkeys(n for op in ops[start:stop] for n in op.uses() if graph.tensor(n).role == "parameter")
+        if uses and name in offload.parameters:
+            lent.append((start, tuple(uses)))
+    return replace(segment, offload=tuple((a, b) for a, b, _ in listed), away=away, lent=tuple(lent))
+
+
+def _listed(ops: list[Op], patterns: tuple[str, ...]) -> list[tuple[int, int, str]]:
+    """Index ranges of the ops of each listed module or op, and its name."""
     names = Names([p] for p in patterns)
     single = {p: at for at, p in reversed(tuple(enumerate(patterns)))}
-    ranges: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int, str]] = []
     owner = -1
     for i, op in enumerate(ops):
         found = [at for at in (names.first(op.module), single.get(op.name)) if at is not None]
         match = min(found, default=-1)
         if match >= 0 and match == owner:
-            ranges[-1] = (ranges[-1][0], i + 1)
+            ranges[-1] = (ranges[-1][0], i + 1, patterns[match])
         elif match >= 0:
-            ranges.append((i, i + 1))
+            ranges.append((i, i + 1, patterns[match]))
         owner = match
-    return tuple(ranges)
+    return ranges
 
 
 def _held(graph: Graph, layouts: BatchLayouts, phases: Mapping[str, str], name: str) -> Layout:

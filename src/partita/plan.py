@@ -14,13 +14,15 @@ from os import PathLike
 @dataclass(frozen=True, slots=True)
 class Offload:
     """What of a stage waits in host memory: ``activations``: modules or ops whose saved tensors leave the device in
-    forward and come back for backward.
+    forward and come back for backward. ``parameters``: modules or ops whose parameters live there, with their gradients
+    and the optimizer's state; the device has copies while it needs them.
     """
 
     activations: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.activations)
+        return bool(self.activations or self.parameters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ class _Batch(msgspec.Struct):
 
 class _Offload(msgspec.Struct):
     activations: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
 
 
 class _Stage(msgspec.Struct):
@@ -166,7 +167,7 @@ def _to_plan(file: _File) -> Plan:
             recompute=stage.recompute,
             shard=tuple((name, ", ".join(placements)) for name, placements in stage.shard.items()),
             tensor=stage.tensor,
-            offload=Offload(stage.offload.activations),
+            offload=Offload(stage.offload.activations, stage.offload.parameters),
         )
         for stage in file.stages
     )
@@ -238,7 +239,8 @@ def _stage_tree(stage: Stage) -> dict[str, Any]:
         if getattr(stage, key):
             tree[key] = FlowList(getattr(stage, key))
     if stage.offload:
-        tree["offload"] = Flow(activations=FlowList(stage.offload.activations))
+        kinds = {"activations": stage.offload.activations, "parameters": stage.offload.parameters}
+        tree["offload"] = Flow({kind: FlowList(names) for kind, names in kinds.items() if names})
     if stage.tensor > 1:
         tree["tensor"] = stage.tensor
     if stage.shard:

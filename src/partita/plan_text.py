@@ -9,7 +9,7 @@ from itertools import groupby
 from weakref import WeakKeyDictionary
 
 from partita.device_names import shortened
-from partita.plan import Plan
+from partita.plan import Offload, Plan
 from partita.units import format_bytes, format_seconds
 
 MOST_ROWS = 40
@@ -37,6 +37,13 @@ def shorten(names: Sequence[str], limit: int = 48) -> str:
             return f"{text}, and {len(parts) - i} more"
         text = longer
     return text
+
+
+def offloaded(offload: Offload, limit: int = 48) -> str:
+    """What waits in host memory: ``blocks.0-5; parameters of emb``."""
+    parts = [shorten(offload.activations, limit)] if offload.activations else []
+    parts += [f"parameters of {shorten(offload.parameters, limit)}"] if offload.parameters else []
+    return "; ".join(parts) or "-"
 
 
 def counted(words: Sequence[str]) -> str:
@@ -105,7 +112,7 @@ def explain(plan: Plan) -> str:
             parts = f"{parts}{' + ' if parts else ''}{len(stage.ops)} op{'s' if len(stage.ops) != 1 else ''}"
         need = counted([format_bytes(memory[d]) for d in stage.devices if d in memory])
         runs = parts or "what no other stage lists"
-        kept = [shorten(stage.recompute) or "-", shorten(stage.offload.activations) or "-"]
+        kept = [shorten(stage.recompute) or "-", offloaded(stage.offload)]
         rows.append((str(i), shorten(shortened(stage.devices)), runs, *kept[: 1 + hosted], need or "-"))
     titles = ("stage", "devices", "runs", "recomputes", *["offloads"] * hosted, "peak memory")
     lines += ["", *table(titles, _some(rows))]

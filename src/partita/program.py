@@ -68,8 +68,9 @@ class Segment:
     ``phase``: 'once' (before everything, no gradient), 'split' (for each microbatch), 'whole' (after the join).
     ``outputs``: tensors other segments or the caller need. ``recompute``: index ranges [a, b) of ``ops`` whose
     activations are dropped and made again in backward. ``offload``: ranges of which something waits in host memory till
-    backward: of each (tensor, position) in ``away`` its memory goes after the op there. ``choices``: (op, tensor, index
-    into ``uses``) where a segment takes one tensor in two ways. ``rescaled``: ops whose result must be told the
+    backward: of each (tensor, position) in ``away`` its memory goes after the op there; of each (position, parameters)
+    in ``lent`` the parameters live there, and are copied for the range that begins there. ``choices``: (op, tensor,
+    index into ``uses``) where a segment takes one tensor in two ways. ``rescaled``: ops whose result must be told the
     microbatch's share of the batch.
     """
 
@@ -83,6 +84,7 @@ class Segment:
     rescaled: tuple[str, ...] = ()
     offload: tuple[tuple[int, int], ...] = ()
     away: tuple[tuple[str, int], ...] = ()
+    lent: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,11 @@ class Program:
         if len(split) != 1 or not 1 < len(self.sizes) == len(set(split[0])) or self.groups:
             return ()
         return split[0]
+
+    @property
+    def lent(self) -> frozenset[str]:
+        """Parameters that live in host memory."""
+        return frozenset(name for s in self.segments for _, names in s.lent for name in names)
 
     def members(self, leader: str) -> tuple[str, ...]:
         """The devices of a leader's group; itself alone where it has none."""

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from partita.assign import Names, complete
+from partita.assign import Names, complete, covers
 from partita.capture import capture
 from partita.errors import PlanError
 from partita.graph import Graph
 from partita.manual import stage_names
-from partita.plan import Batch, Plan, Stage
+from partita.plan import Batch, Offload, Plan, Stage
 
 
 def plan_from_device_map(
@@ -32,14 +32,18 @@ def plan_from_device_map(
 
     ``example_args``: one typical call. ``devices``: what the map's devices are called here (``{0: "cpu:0"}``); a bare
     number is that CUDA device otherwise. A stage is a stretch of ops that needs no later device's results; a map that
-    goes back to a device becomes another stage there. Raises PlanError for what a Plan cannot say: offloading ("disk";
-    "cpu" beside accelerators), keys that are single parameters, names the model has not; CaptureError.
+    goes back to a device becomes another stage there. "cpu" beside accelerators means, as in accelerate, that the
+    module runs on the first accelerator and its parameters live in host memory (``Offload.parameters``). Raises
+    PlanError for what a Plan cannot say: "disk", keys that are single parameters, names the model has not;
+    CaptureError.
     """
     captured = capture(model, tuple(example_args), dict(example_kwargs or {}))
     if captured.live:
         raise PlanError(f"this model runs as its Python goes, which a plan made of ops cannot say: {captured.live}")
     named = {key: _device(device, devices or {}) for key, device in device_map.items()}
     _refuse(model, device_map, named)
+    hosted = _hosted(device_map, named)
+    named |= dict.fromkeys(hosted, next((d for d in named.values() if not d.startswith("cpu")), ""))
     graph = captured.graph
     order = list(dict.fromkeys(named.values()))
     names = Names([key for key, device in named.items() if device == name] for name in order)
@@ -48,7 +52,10 @@ def plan_from_device_map(
     stage_of, stages = _stages(graph, {op: order[index] for op, index in where.items()})
     parts = stage_names(graph, stage_of, len(stages))
     return Plan(
-        stages=tuple(Stage((d,), modules=m, ops=o) for d, (m, o) in zip(stages, parts, strict=True)),
+        stages=tuple(
+            Stage((d,), modules=m, ops=o, offload=Offload(parameters=_run_by(graph, stage_of, s, hosted)))
+            for s, (d, (m, o)) in enumerate(zip(stages, parts, strict=True))
+        ),
         model=graph.name,
         fingerprint=graph.fingerprint,
         devices=tuple(dict.fromkeys(stages)),
@@ -66,18 +73,26 @@ def _device(device: int | str, devices: Mapping[int | str, str]) -> str:
     return f"{device}:0" if device in ("cpu", "cuda") else str(device)
 
 
+def _hosted(device_map: Mapping[str, int | str], named: Mapping[str, str]) -> tuple[str, ...]:
+    """Keys of which only the parameters are on "cpu"."""
+    elsewhere = any(not device.startswith(("cpu", "disk", "meta")) for device in named.values())
+    return tuple(key for key, device in device_map.items() if elsewhere and device == "cpu")
+
+
+def _run_by(graph: Graph, stage_of: Mapping[str, int], stage: int, keys: Sequence[str]) -> tuple[str, ...]:
+    """The modules among ``keys`` that the stage runs."""
+    mine = [op.module for op in graph.ops if stage_of[op.name] == stage]
+    return tuple(key for key in keys if any(covers(key, module) for module in mine))
+
+
 def _refuse(model: nn.Module, device_map: Mapping[str, int | str], named: Mapping[str, str]) -> None:
     modules = {name for name, _ in model.named_modules()}
     tensors = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
-    elsewhere = any(not device.startswith(("cpu", "disk", "meta")) for device in named.values())
     problems = []
     for key, device in named.items():
         if device.startswith(("disk", "meta")):
             problems.append(f"'{key}' is on {device_map[key]!r}: a plan keeps parameters in a device's memory; "
                             "give it a device, or let partita find a plan that fits")  # fmt: skip
-        elif device.startswith("cpu") and elsewhere and device_map[key] == "cpu":
-            problems.append(f"'{key}' is offloaded to 'cpu', to be computed on an accelerator: a plan computes where "
-                            "parameters are; give it a device, or name 'cpu:0' to compute there")  # fmt: skip
         if key not in modules:
             what = "is a parameter or buffer: name the module that uses it" if key in tensors else "is no module here"
             problems.append(f"'{key}' {what}")
@@ -120,6 +135,7 @@ def device_map_of(plan: Plan, model: nn.Module) -> dict[str, int | str]:
             if "@" in name:
                 problems.append(f"stage {index} has one call of a module ({name}): a device_map places all its calls")
             found[name] = _key(stage.devices[0])
+        found |= dict.fromkeys(stage.offload.parameters, "cpu")
     used = {d for stage in plan.stages for d in stage.devices if d.startswith("cpu")}
     if len(used) > 1:
         problems.append(f"{', '.join(sorted(used))} are groups of cores, which accelerate knows as one 'cpu'")

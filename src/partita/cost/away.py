@@ -13,13 +13,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from partita.cluster import Device
 from partita.cost.affine import Affine
 from partita.cost.kept import kept_by_maker, tensor_bytes
 from partita.cost.memory import shares_memory
 from partita.cost.ops import saved_tensors
-from partita.graph import Graph
+from partita.graph import Graph, Op
 
+Array = NDArray[np.float64]
 SMALL = 64 * 1024
 """Bytes below which a tensor stays: launching its copy would take longer than the copy."""
 SLOWEST = 16e9
@@ -28,6 +32,8 @@ SLOWEST = 16e9
 Ranges = Sequence[tuple[int, int]]
 Going = Sequence[tuple[str, int]]
 """(tensor, position of the op after which its memory goes)."""
+Lent = Sequence[tuple[int, Sequence[str]]]
+"""(position at which a range begins, parameters that live on the host and are copied for it)."""
 
 
 def leaving(
@@ -62,12 +68,14 @@ def _base(graph: Graph, name: str) -> str:
     return graph.tensor(name).base or name
 
 
-def ways(graph: Graph, ranges: Ranges, going: Going, end: int, *, there: bool = True) -> dict[str, int]:
+def ways(
+    graph: Graph, ranges: Ranges, going: Going, end: int, *, there: bool = True, lent: Lent = ()
+) -> dict[str, int]:
     """Base that goes -> the position at which it has left in forward and is back in backward: where the next range
     ends. What the last range saved stays to the segment's ``end`` in forward, and is ``there`` in a backward that comes
     next; in another it is back where its range ends.
     """
-    used = _used(ranges, going)
+    used = _used(ranges, going, lent)
     found = {}
     for name, at in going:
         mine = next(r for r, (start, stop) in enumerate(used) if start <= at < stop)
@@ -76,20 +84,48 @@ def ways(graph: Graph, ranges: Ranges, going: Going, end: int, *, there: bool = 
     return found
 
 
-def _used(ranges: Ranges, going: Going) -> list[tuple[int, int]]:
-    """Ranges of which something goes."""
-    return [(start, stop) for start, stop in ranges if any(start <= at < stop for _, at in going)]
+def _used(ranges: Ranges, going: Going, lent: Lent) -> list[tuple[int, int]]:
+    """Ranges of which something goes, or is lent."""
+    first = {start for start, _ in lent}
+    return [(a, b) for a, b in ranges if a in first or any(a <= at < b for _, at in going)]
+
+
+def copies_alive(
+    graph: Graph, ranges: Ranges, going: Going, lent: Lent, ops: Sequence[Op], *, there: bool = True
+) -> tuple[Array, Array]:
+    """Bytes (positions, 2), while each op is done and undone, of parameters' copies: from the beginning of the range
+    before, for which others are lent, until the next range ends; and of gradients on their way home."""
+    used, n = _used(ranges, going, lent), len(ops)
+    done, undone = np.zeros((n + 1, 2)), np.zeros((n + 1, 2))
+    begins = [start for start, _ in lent]
+    for number, (start, names) in enumerate(lent):
+        size = float(sum(graph.tensor(name).nbytes(1) for name in names))
+        mine = next(r for r, (a, _) in enumerate(used) if a == start)
+        last = mine + 1 == len(used)
+        stop = n if last else used[mine + 1][1]
+        done[begins[number - 1] if number else start, 0] += size
+        done[stop, 0] -= size
+        undone[start, 0] += size
+        undone[used[mine][1] if last and not there else stop, 0] -= size
+        for at in range(start, used[mine][1]):
+            home = sum(graph.tensor(u).nbytes(1) for u in ops[at].uses() if u in names and graph.tensor(u).needs_grad)
+            undone[at, 0] += home
+            undone[at + 1, 0] -= home
+    return np.cumsum(done[:-1], axis=0), np.cumsum(undone[:-1], axis=0)
 
 
 @dataclass(frozen=True, slots=True)
 class Trip:
     """One range's bytes and ``copies``, the computing between the ends of the range before and its own in forward
-    (``ahead``) and backward (``behind``)."""
+    (``ahead``) and backward (``behind``). ``lent``: bytes of parameters that come for it, ``home``: of their gradients.
+    """
 
     nbytes: Affine
     copies: int
     ahead: Affine
     behind: Affine
+    lent: float = 0.0
+    home: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,29 +146,38 @@ class Trips:
 
     @property
     def last(self) -> Affine:
-        """Of the last range."""
-        return self.ranges[-1].nbytes if self.ranges else Affine()
+        """On the device, of the last range."""
+        return self.ranges[-1].nbytes + Affine(self.ranges[-1].lent) if self.ranges else Affine()
 
     def _each(self, samples: int) -> list[float]:
         return [t.nbytes.at(samples) * self.seconds_per_byte + t.copies * self.launch for t in self.ranges]
 
+    @property
+    def _lent(self) -> list[float]:
+        return [t.lent * self.seconds_per_byte for t in self.ranges]
+
     def forward(self, samples: int, busy: float = 0.0) -> tuple[float, float]:
         """Seconds of waiting in a forward, and for how long the link is busy after its last range. ``busy``: before."""
-        each = self._each(samples)
+        each, lent = self._each(samples), self._lent
         if not self.beside:
-            return sum(each), 0.0
+            return sum(each) + sum(lent), 0.0
         clock = work = 0.0
-        out = link = busy
-        for trip, copy in zip(self.ranges, each, strict=True):
+        out, link = busy, busy + (lent[0] if lent else 0.0)
+        here = link if lent and lent[0] else 0.0
+        for at, (trip, copy) in enumerate(zip(self.ranges, each, strict=True)):
+            clock, following = max(clock, here), lent[at + 1] if at + 1 < len(lent) else 0.0
+            if following:
+                here = link = max(link, clock) + following
             clock, work = max(clock + trip.ahead.at(samples), out), work + trip.ahead.at(samples)
             out = link = max(link, clock) + copy
         return clock - work, max(link - clock, 0.0)
 
     def backward(self, samples: int, busy: float = 0.0, *, there: bool = False) -> float:
         """Seconds of waiting in a backward. ``there``: the last range has not gone yet."""
-        each = self._each(samples)
+        each = [a + b for a, b in zip(self._each(samples), self._lent, strict=True)]
+        home = sum(t.home for t in self.ranges) * self.seconds_per_byte
         if not self.beside:
-            return sum(each[:-1] if there else each)
+            return sum(each[:-1] if there else each) + home
         clock = work = 0.0
         link = busy
         if not there and each:
@@ -144,7 +189,7 @@ class Trips:
                 ready = link = max(link, clock) + each[at - 1]
             behind = self.ranges[at].behind.at(samples)
             clock, work = clock + behind, work + behind
-        return clock - work
+        return clock - work + home
 
 
 def rates(device: Device) -> tuple[float, float, bool]:
@@ -160,16 +205,23 @@ def has_host(device: Device) -> bool:
 
 
 def trips(
-    graph: Graph, ranges: Ranges, going: Going, forward: Sequence[Affine], backward: Sequence[Affine], device: Device
-) -> Trips:
+    graph: Graph, ranges: Ranges, going: Going, forward: Sequence[Affine], backward: Sequence[Affine], device: Device,
+    lent: Lent = (),
+) -> Trips:  # fmt: skip
     """Of a segment whose ops take ``forward`` and ``backward`` seconds, by position."""
-    used = _used(ranges, going)
+    used, names_at = _used(ranges, going, lent), dict(lent)
     found = []
     done = 0
     for number, (start, stop) in enumerate(used):
         mine = [tensor_bytes(graph, _base(graph, n)) for n, at in going if start <= at < stop]
         end = stop if number < len(used) - 1 else len(forward)
-        found.append(Trip(sum(mine, Affine()), len(mine), sum(forward[done:stop], Affine()),
-                          sum(backward[done:end], Affine())))  # fmt: skip
+        parameters = [graph.tensor(name) for name in names_at.get(start, ())]
+        found.append(
+            Trip(
+                sum(mine, Affine()), len(mine), sum(forward[done:stop], Affine()), sum(backward[done:end], Affine()),
+                float(sum(p.nbytes(1) for p in parameters)),
+                float(sum(p.nbytes(1) for p in parameters if p.needs_grad)),
+            )
+        )  # fmt: skip
         done = stop
     return Trips(tuple(found), *rates(device))

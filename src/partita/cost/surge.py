@@ -111,14 +111,18 @@ def is_apart(graph: Graph, op: Op) -> bool:
     return short(op.target) != "linear" or not isinstance(taken, Ref) or len(graph.tensor(taken.name).shape) > 1
 
 
-def rises(graph: Graph, index: Indices, life: Lives, elsewhere: frozenset[str] = frozenset(), *, apart: bool) -> Rises:
+def rises(
+    graph: Graph, index: Indices, life: Lives, elsewhere: frozenset[str] = frozenset(), *, apart: bool,
+    lent: frozenset[str] = frozenset(),
+) -> Rises:  # fmt: skip
     """``index``: the ops, ``life``: of what they keep; ``apart``: weight gradients are products of their own
-    (``is_apart``): there are several microbatches. ``elsewhere``: what they make that others take.
+    (``is_apart``): there are several microbatches. ``elsewhere``: what they make that others take. ``lent``: parameters
+    whose gradients stay elsewhere.
     """
     total = np.array([life.saved.fixed, life.saved.per_sample])
     forward = _highest(graph, life.done - total)
     alive = life.undone + _gradients(graph, index, elsewhere) - total
-    made, own, kept = _weights(graph, index, apart)
+    made, own, kept = _weights(graph, index, apart, lent)
 
     def with_fixed(rows: Array, extra: Array) -> Lines:
         rows = rows.copy()
@@ -178,7 +182,7 @@ def _highest(graph: Graph, alive: Array) -> Lines:
     return tuple(Affine(float(alive[i, 0]), float(alive[i, 1])) for i in sorted(best))
 
 
-def _weights(graph: Graph, index: Indices, apart: bool) -> tuple[Array, Array, Array]:
+def _weights(graph: Graph, index: Indices, apart: bool, lent: frozenset[str]) -> tuple[Array, Array, Array]:
     """Bytes of weights' gradients when each op has been undone: made so far by a first backward; of the op itself, on
     their way to be added to earlier ones; made so far, but for those that are products of their own.
     """
@@ -189,7 +193,7 @@ def _weights(graph: Graph, index: Indices, apart: bool) -> tuple[Array, Array, A
         inside = apart and is_apart(graph, op)  # added to the gradient as it is made
         table = inside and short(op.target) == "embedding"
         for name, size, trains in parameters_of_op(graph, op):
-            if not trains:
+            if not trains or name in lent:
                 continue
             pieces = 0 if inside and not table else 1
             if name not in last:

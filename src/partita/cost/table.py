@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from partita.cluster import Cluster, Device
 from partita.cost.affine import Affine, total
-from partita.cost.away import Going, Ranges, Trips, trips, ways
+from partita.cost.away import Going, Lent, Ranges, Trips, copies_alive, has_host, trips, ways
 from partita.cost.blocks import Block, profile_units
-from partita.cost.kept import Kept, kept_by_maker, lives, tensor_bytes
+from partita.cost.kept import Kept, Lives, kept_by_maker, lives, tensor_bytes
 from partita.cost.measured import Measured
 from partita.cost.ops import op_cost, saved_tensors
 from partita.cost.surge import Rises, is_apart, parameters_of, parameters_of_op, rises
@@ -192,12 +192,13 @@ def segment_cost(
     train: bool = True,
     offload: Ranges = (),
     going: Going = (),
+    lent: Lent = (),
     device: Device | None = None,
 ) -> SegmentCost:
     """Of these ops (indices). ``recompute``: ranges of positions in ``ops`` that run again in backward: their saved
     bytes shrink to what enters the range, their forward time is paid twice. ``apart``: it runs for several
     microbatches. ``train``: something is kept for backward. ``going``: what ops in the ranges ``offload`` save and
-    what leaves the ``device`` till then (``Segment.away``).
+    what leaves the ``device`` till then (``Segment.away``); ``lent``: parameters that live there (``Segment.lent``).
     """
     graph, index = table.graph, np.asarray(ops, dtype=np.int64)
     if not len(index):
@@ -209,22 +210,31 @@ def segment_cost(
     made = [o for i in ops for o in graph.ops[i].outputs if o]
     inside = set(map(int, ops))
     elsewhere = frozenset(o for o in made if not inside.issuperset(table.users.get(o, ())))
-    gone = ways(graph, offload, going, len(index)) if train else {}
-    life = lives(graph, [int(i) for i in ops], table.kept, recompute, sent=elsewhere, train=train, gone=gone)
+    positions, hosted = [int(i) for i in ops], bool(going or lent) and device is not None
+    away = frozenset(n for _, names in lent for n in names) if device is not None and has_host(device) else frozenset()
+
+    def living(there: bool) -> Lives:
+        gone = ways(graph, offload, going, len(index), there=there, lent=lent) if train else {}
+        found = lives(graph, positions, table.kept, recompute, sent=elsewhere, train=train, gone=gone)
+        if not lent:
+            return found
+        copies = copies_alive(graph, offload, going, lent, [graph.ops[i] for i in positions], there=there)
+        return replace(found, done=found.done + copies[0], undone=found.undone + copies[1])
+
+    life = living(True)
     held = frozenset(o for o in made if (graph.tensor(o).base or o) in life.stays)
     first = _sum(table.first[kind][index])
     owed, later = _owed(graph, ops)
     found, fetched = Trips(), Rises()
-    if gone and device is not None:
-        gone = ways(graph, offload, going, len(index), there=False)
-        later_life = lives(graph, [int(i) for i in ops], table.kept, recompute, sent=elsewhere, train=train, gone=gone)
-        fetched = rises(graph, index, later_life, elsewhere, apart=apart)
+    if hosted and device is not None:
+        fetched = rises(graph, index, living(False), elsewhere, apart=apart, lent=away)
         there = [Affine(*row) for row in table.forward[kind][index].tolist()]
         back = [Affine(*row) for row in (table.backward[kind][index] + table.weight[kind][index]).tolist()]
-        found = trips(graph, offload, going, there, back, device)
+        found = trips(graph, offload, going, there, back, device, lent)
+    parameters = tuple(p for p in parameters_of(graph, ops) if p[0] not in away)
     return SegmentCost(
-        forward, backward, weight, life.saved, held, parameters_of(graph, ops), first,
-        rises(graph, index, life, elsewhere, apart=apart), owed, later, products(graph, ops),
+        forward, backward, weight, life.saved, held, parameters, first,
+        rises(graph, index, life, elsewhere, apart=apart, lent=away), owed, later, products(graph, ops),
         *given_to(table, ops), alone=_alone(table, kind, index), trips=found,
         fetched=fetched,
     )  # fmt: skip
@@ -321,7 +331,7 @@ def segment_costs(program: Program, table: CostTable, cluster: Cluster) -> dict[
                 apart = len(program.sizes) > 1 and segment.phase == "split"
                 cost = segment_cost(
                     table, kind, ops, segment.recompute, apart=apart, train=program.train, offload=segment.offload,
-                    going=segment.away, device=devices[name],
+                    going=segment.away, lent=segment.lent, device=devices[name],
                 )  # fmt: skip
                 known[s, kind] = replace(cost, joined=_joined(table.graph, program, segment))
             result[s, name] = known[s, kind]

@@ -28,11 +28,12 @@ from partita.runtime.memory import counted_on, host_of
 
 class Held:
     """A storage that autograd saved, with the ``views`` of it. Once sent: its bytes ``here``, on the device, or
-    ``there``, on the host, or both, and what the views were."""
+    ``there``, on the host, or both, and what the views were. ``lent``: a copy of what lives on the host."""
 
-    __slots__ = ("__weakref__", "forms", "here", "range", "there", "views")
+    __slots__ = ("__weakref__", "forms", "here", "lent", "range", "there", "views")
 
     def __init__(self) -> None:
+        self.lent = False
         self.views: list[torch.Tensor] = []
         self.forms: list[tuple[torch.dtype, Any, torch.Size, tuple[int, ...]]] = []
         self.here: torch.Tensor | None = None
@@ -41,8 +42,9 @@ class Held:
 
     def leave(self, range_: Range) -> torch.Tensor:
         """Its bytes, which are all that is left of it."""
-        storage = self.views[0].untyped_storage()
-        self.here = torch.empty(0, dtype=torch.uint8, device=self.views[0].device).set_(storage)
+        if self.here is None:
+            storage = self.views[0].untyped_storage()
+            self.here = torch.empty(0, dtype=torch.uint8, device=self.views[0].device).set_(storage)
         self.forms = [(v.dtype, v.storage_offset(), v.shape, v.stride()) for v in self.views]
         self.range, self.views = range_, []
         return self.here
@@ -143,16 +145,16 @@ class Traffic:
             if item[0] is range_:
                 self.leaving.remove(item)
                 for held in item[1]:
-                    held.there = None
+                    held.there = held.there if held.lent else None
                 return True
         return False
 
     def bring(self, held: list[Held]) -> torch.cuda.Event | None:
         for one in held:
             assert one.there is not None
-            one.here = torch.empty(len(one.there), dtype=torch.uint8, device=self.device)
+            one.here = torch.empty_like(one.there, device=self.device)
             self.copy(one.here, one.there)
-            one.there = None
+            one.there = one.there if one.lent else None
         return self.note()
 
 
@@ -165,6 +167,8 @@ class Away:
         self._now: Range | None = None
         self._held: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
         self._gone: list[Held] = []
+        self._lent: list[Held] = []
+        self._coming: dict[int, tuple[torch.Tensor, torch.cuda.Event | None]] = {}
         self._hooks: Any = None
 
     def __enter__(self) -> Away:
@@ -177,6 +181,11 @@ class Away:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hooks.__exit__(kind, error, trace)
+        for held in self._lent if self._now is not None else ():
+            self._held.pop(held.leave(self._now).untyped_storage().data_ptr(), None)
+            self._now.held.append(weakref.ref(held))
+            self._gone.append(held)
+        self._lent = []
         if self._gone and self._now is not None:
             self.traffic.left(self._now, self._gone)
             self.last, self._gone = self._now, []
@@ -203,6 +212,42 @@ class Away:
         self._now.held.append(weakref.ref(held))
         self.traffic.send(held, held.leave(self._now))
         self._gone.append(held)
+
+    def ahead(self, leaves: list[torch.Tensor]) -> None:
+        """Begin to copy these parameters to the device."""
+        for leaf in leaves:
+            if id(leaf) not in self._coming:
+                here = torch.empty_like(leaf, device=self.traffic.device, requires_grad=False)
+                self.traffic.copy(here, leaf.detach())
+                self._coming[id(leaf)] = here, self.traffic.note()
+
+    def lend(self, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The copies, for this range: gone at its end, and fetched again for its backward."""
+        found = []
+        for leaf in leaves:
+            here, event = self._coming.pop(id(leaf))
+            self.traffic.wait(event)
+            held = self._held[here.untyped_storage().data_ptr()] = Held()
+            held.here, held.there, held.lent = here, leaf.detach(), True
+            self._lent.append(held)
+            lent: torch.Tensor = _Lent.apply(leaf, here, self.traffic)  # type: ignore[no-untyped-call]
+            found.append(lent)
+        return found
+
+
+class _Lent(torch.autograd.Function):
+    """A parameter's copy on the device; its gradient goes back."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor, here: torch.Tensor, traffic: Traffic) -> torch.Tensor:
+        ctx.traffic, ctx.home = traffic, leaf.device
+        return here
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with counted_on(ctx.traffic.host):
+            home = torch.empty_like(grads[0], device=ctx.home)
+        return home.copy_(grads[0]), None, None
 
 
 def _unpack(kept: Any) -> torch.Tensor:

@@ -156,13 +156,14 @@ class _Writer:
         kept = set(self.segment.outputs) | {t for _, t, _ in self.segment.choices}
         drops = _drops({t: i for t, i in last_use.items() if t not in kept})
         starts = dict(self.segment.recompute)
-        hosted = {a: b for a, b in self.segment.offload if any(a <= i < b for i in self.going)}
+        lent = dict(self.segment.lent)
+        hosted = {a: b for a, b in self.segment.offload if a in lent or any(a <= i < b for i in self.going)}
         if hosted:
             self.lines.append("    outside = away(dev)")
         i = 0
         while i < len(ops):
             if i in hosted:
-                self.hosted(ops, i, hosted[i], drops)
+                self.hosted(ops, i, hosted[i], drops, lent)
                 i = hosted[i]
                 continue
             if i in starts:
@@ -184,9 +185,19 @@ class _Writer:
         self.lines.append(f"    return ({results})")
         return "\n".join(self.lines), self.names
 
-    def hosted(self, ops: list[Op], start: int, end: int, drops: Mapping[int, list[str]]) -> None:
-        """Ops [start, end), of which something that autograd saves goes to the host."""
+    def hosted(
+        self, ops: list[Op], start: int, end: int, drops: Mapping[int, list[str]], lent: Mapping[int, tuple[str, ...]]
+    ) -> None:
+        """Ops [start, end), of which something that autograd saves goes to the host, or whose parameters live there."""
         self.lines.append("    with outside:")
+        own = {name: self.variables[name] for name in lent.get(start, ())}
+        if own:
+            following = next((names for at, names in sorted(lent.items()) if at > start), ())
+            self.lines.append(f"        outside.ahead([{', '.join(own.values())}])")
+            copies = ", ".join(f"{u}_" for u in own.values())
+            self.lines.append(f"        {copies}, = outside.lend([{', '.join(own.values())}])")
+            self.lines.append(f"        outside.ahead([{', '.join(self.variables[n] for n in following)}])")
+            self.variables.update({name: f"{u}_" for name, u in own.items()})
         for i in range(start, end):
             indent = "        "
             if not ops[i].grad:
@@ -195,6 +206,9 @@ class _Writer:
             self.call(ops[i], indent)
             self.lines += [f"{indent}outside.send({self.variables[t]})" for t in self.going.get(i, ())]
             self.drop(i, drops, indent)
+        self.variables.update(own)
+        dropped = {t for i in range(start, end) for t in drops.get(i, ())}
+        self.lines += [f"        del {u}_" for name, u in own.items() if name not in dropped]
 
     def range(self, ops: list[Op], start: int, end: int, kept: set[str]) -> set[str]:
         """Ops [start, end) as an inner function under activation checkpointing, but for ``kept`` each tensor dropped

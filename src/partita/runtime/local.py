@@ -264,10 +264,16 @@ class Local:
 
 
 def settle(program: Program, parameters: Mapping[str, torch.Tensor], devices: Mapping[str, torch.device]) -> None:
-    """Move each parameter to the first device that uses it; where all devices are CPU cores there is nothing to do."""
+    """Move each parameter to the first device that uses it, and those that live in host memory there. Where all devices
+    are CPU cores there is nothing to do."""
     if all(device.type == "cpu" for device in devices.values()):
         return
-    moved: set[str] = set()
+    moved, lent = set[str](), program.lent
+    for name in lent:
+        parameter = parameters.get(name)
+        if parameter is not None and not (parameter.device.type == "cpu" and parameter.is_pinned()):
+            parameter.data = parameter.data.cpu().pin_memory()
+    moved |= lent
     for segment, places in zip(program.segments, program.placement, strict=True):
         for use in segment.uses:
             parameter = parameters.get(use.tensor)

@@ -211,6 +211,11 @@ def measure_memory(
             if shares_memory(device):
                 meters[device].ignore([*held.others, *(p for p, _ in held.rows)])
                 meters[device].hold(held.mine)
+            for meter in [apart[host_of(device)]] if held.hosted else []:
+                meter.hold(held.hosted)
+                meter.hold([optimizer.state[p] for p in held.hosted if optimizer and p in optimizer.state])
+                for other in meters.values():
+                    other.ignore(held.hosted)
             if optimizer is not None:
                 meters[device].hold([optimizer.state[p] for p in held.mine if p in optimizer.state])
             for whole, share in held.rows:
@@ -234,11 +239,13 @@ def measure_memory(
 
 @dataclass(eq=False)
 class _Held:
-    """Parameters one device keeps, those it uses but another keeps, and those of which it keeps a share."""
+    """Parameters one device keeps, those it uses but another keeps, those of which it keeps a share, and those that its
+    host keeps."""
 
     mine: list[torch.Tensor] = field(default_factory=list)
     others: list[torch.Tensor] = field(default_factory=list)
     rows: list[tuple[torch.Tensor, float]] = field(default_factory=list)
+    hosted: list[torch.Tensor] = field(default_factory=list)
 
 
 def _owners(parallel: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, _Held]:
@@ -267,6 +274,9 @@ def _owners(parallel: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, A
                 part = division.members[rank.get(device, 0)].graph.tensor(name)
                 whole = bound.captured.graph.tensor(name).nbytes(1)
                 found[device].rows.append((parameters[name], part.nbytes(1) / max(whole, 1)))
+            continue
+        if name in program.lent and has_host(next(d for d in parallel._team.devices if d.name == keeper)):
+            found[keeper].hosted.append(parameters[name])
             continue
         found[keeper].mine.append(parameters[name])
         for device in others:

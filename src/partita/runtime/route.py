@@ -72,12 +72,13 @@ class Step:
 @dataclass(frozen=True, slots=True)
 class Route:
     """The steps of one device's list. ``puts_off``: weight gradients have steps (W) of their own. ``hosted``: something
-    waits in host memory (``away``)."""
+    waits in host memory (``away``); ``lent``: parameters that live there."""
 
     instructions: tuple[Instruction, ...]
     steps: tuple[Step, ...]
     puts_off: bool
     hosted: bool = False
+    lent: frozenset[str] = frozenset()
 
 
 def route(
@@ -137,7 +138,11 @@ def route(
             step = replace(step, value=value, message=(*value, index if grad else -1, grad))
         steps.append(step)
     return Route(
-        instructions, tuple(steps), any(i.kind == "W" for i in instructions), any(s.away for s in program.segments)
+        instructions,
+        tuple(steps),
+        any(i.kind == "W" for i in instructions),
+        any(s.away or s.lent for s in program.segments),
+        program.lent,
     )
 
 

@@ -104,6 +104,7 @@ class Worker:
         self.group = seat.group if seat is not None else None
         self.mine = state.devices[name]
         self.owed: list[object] = []
+        self.lent: frozenset[str] = frozenset()
         self.parts: dict[tuple[str, int, int], tuple[torch.Tensor, ...]] = {}
 
     def walk(self, instructions: tuple[Instruction, ...]) -> None:
@@ -112,6 +113,7 @@ class Worker:
         do = {"F": self.forward, "B": self.backward, "W": self.weights, "SEND": self.send, "RECV": self.receive}
         use_queue(self.mine.queue if len(state.program.sizes) > 1 else None)
         self.mine.queue.put_off = route.puts_off
+        self.lent = route.lent
         if route.hosted:
             self.mine.traffic = self.mine.traffic or Traffic(self.mine.device, self.name)
             use_traffic(self.mine.traffic)
@@ -262,10 +264,12 @@ class Worker:
         found = parameter.detach()
         if self.seat is not None:
             found = self.seat.rows(name, found).detach()
-        if found.device != self.mine.device:
+        lent = name in self.lent
+        if found.device != self.mine.device and not lent:
             found = found.to(self.mine.device)
         found.requires_grad_(self.state.grad and parameter.requires_grad)
-        mark(found, name)
+        if not lent:  # a copy's gradient goes home at once
+            mark(found, name)
         self.mine.aliases[name] = found
         return found
 

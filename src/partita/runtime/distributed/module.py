@@ -15,7 +15,7 @@ from torch import nn
 from partita.capture import Captured
 from partita.cluster import Cluster
 from partita.divide import divide
-from partita.errors import UsageError
+from partita.errors import PlanError, UsageError
 from partita.lower import lower
 from partita.plan import Plan
 from partita.runtime.bind import Binder
@@ -48,6 +48,11 @@ class RankModule(ParallelModule):
         self, module: nn.Module, plan: Plan, cluster: Cluster, *, world: World, captured: Captured | None = None,
         like: Holding | None = None, loss_fn: Callable[..., torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
+        if any(stage.offload.parameters for stage in plan.stages):
+            raise PlanError(
+                "offload of parameters is for devices of one process: a rank keeps what it holds on its device; "
+                "take zero: 3, which divides parameters over replicas, or start one process for all devices"
+            )
         super().__init__(module, plan, cluster, loss_fn=loss_fn)
         self.world = world
         self.sent = Sent()
