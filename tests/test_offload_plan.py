@@ -16,6 +16,7 @@ from partita.graph import Graph
 from partita.plan import Plan
 from partita.planners.auto import auto
 from partita.planners.large.result import plan_large
+from partita.planners.remedies import _host as offered
 from partita.runtime.module import ParallelModule
 from partita.sharding.batch import layouts
 
@@ -98,6 +99,32 @@ def test_a_person_can_ask_for_it_by_name() -> None:
     assert names(both) == (1, 1)
     with pytest.raises(PlanError, match="contradict: keep each part under one of them"):
         planned(cluster(1, 2e10), offload=["blocks.*"], recompute=["blocks.1"])
+
+
+class Asked:
+    """A request that nothing but offload meets."""
+
+    def __init__(self, where: Cluster) -> None:
+        self.cluster, self.train = where, True
+
+    def again(self, *, cluster: Cluster) -> Asked:
+        return Asked(cluster)
+
+    def feasible(self) -> bool:
+        return all(d.host_bandwidth for d in self.cluster.devices)
+
+    def attempt(self) -> Plan | None:
+        return self if self.feasible() else None  # type: ignore[return-value]
+
+    seconds, memory = 0.1, (("cuda:0", TIGHT),)
+
+
+def test_where_nobody_described_an_accelerators_link_that_is_a_remedy() -> None:
+    bare, cores, described = cluster(1, 0.0, name="cuda"), cluster(1, 0.0), cluster(1, 1e10, name="cuda")
+    (remedy,) = offered(Asked(bare))  # type: ignore[arg-type]
+    assert "offload to host memory fits, with 'host_bandwidth: 16 GB/s'" in remedy.text
+    assert remedy.change["cluster"].devices[0].host_bandwidth == 16e9
+    assert offered(Asked(cores)) == offered(Asked(described)) == []  # type: ignore[arg-type]
 
 
 def test_large_models_on_paper_offload_by_the_same_rule() -> None:
