@@ -136,11 +136,20 @@ def test_what_a_plan_cannot_say_of_a_device_map_is_refused_by_name(accelerate: A
     with pytest.raises(PlanError) as refusal:
         accelerate.plan_from_device_map(model, (words,), given)
     text = str(refusal.value)
-    for expected in (
-        "'blocks.0' is on 'disk'", "'head.weight' is a parameter", "'tail' is no",
-    ):  # fmt: skip
+    for expected in ("'blocks.0' is on 'disk'", "'head.weight' is a parameter", "'tail' is no"):
         assert expected in text
     assert len(refusal.value.problems) == 3
+
+
+def test_weights_on_the_cpu_beside_accelerators_are_parameters_in_host_memory(accelerate: Any) -> None:
+    model, (words, _) = Model(), batch()
+    given = {"words": 0, "places": 0, "blocks.0": 0, "blocks.1": "cpu", "blocks.2": 1, "blocks.3": 1, "head": 1}
+    plan = accelerate.plan_from_device_map(model, (words,), given)
+    assert [(s.devices, s.offload.parameters) for s in plan.stages] == [(("cuda:0",), ("blocks.1",)), (("cuda:1",), ())]
+    whole = replace(plan, stages=tuple(replace(stage, ops=()) for stage in plan.stages))
+    assert accelerate.device_map_of(whole, model) == given
+    cores = tuple(replace(s, devices=(f"cpu:{k}",)) for k, s in enumerate(plan.stages))
+    proven(model, replace(plan, devices=("cpu:0", "cpu:1"), stages=cores), (words,))
 
 
 def test_what_a_device_map_cannot_say_of_a_plan_is_refused_by_name(accelerate: Any) -> None:

@@ -47,7 +47,7 @@ stages = st.builds(
     modules=st.lists(names, max_size=5).map(tuple),
     ops=st.lists(names, max_size=3).map(tuple),
     recompute=st.lists(names, max_size=3).map(tuple),
-    offload=st.lists(names, max_size=2).map(lambda found: Offload(tuple(found))),
+    offload=st.builds(Offload, *[st.lists(names, max_size=2).map(tuple)] * 2),
     shard=st.dictionaries(names, placements, max_size=2).map(lambda d: tuple(d.items())),
 )
 batches = st.one_of(
