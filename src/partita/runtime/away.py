@@ -181,15 +181,17 @@ class Away:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hooks.__exit__(kind, error, trace)
-        for held in self._lent if self._now is not None else ():
-            self._held.pop(held.leave(self._now).untyped_storage().data_ptr(), None)
-            self._now.held.append(weakref.ref(held))
+        self._hooks = None  # which know this object
+        now, self._now = self._now, None
+        assert now is not None
+        for held in self._lent:
+            self._held.pop(held.leave(now).untyped_storage().data_ptr(), None)
+            now.held.append(weakref.ref(held))
             self._gone.append(held)
         self._lent = []
-        if self._gone and self._now is not None:
-            self.traffic.left(self._now, self._gone)
-            self.last, self._gone = self._now, []
-        self._now = None
+        if self._gone:
+            self.traffic.left(now, self._gone)
+            self.last, self._gone = now, []
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_conj():
