@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 
@@ -60,17 +61,17 @@ def test_every_step_stands_exactly_once_on_its_device_and_nobody_waits_for_ever(
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "placement", "m"),
+    ("module", "name", "drawings"),
     [
-        (gpipe, "gpipe", chain(2), 3),
-        (one_f_one_b, "1f1b", chain(3), 4),
-        (zero_bubble, "zero_bubble", chain(3), 4),
-        (interleaved, "interleaved", (("a",), ("b",), ("a",), ("b",)), 2),
+        (gpipe, "gpipe", [(chain(2), 3)]),
+        (one_f_one_b, "1f1b", [(chain(3), 4)]),
+        (zero_bubble, "zero_bubble", [(chain(3), 4), ((("a",), ("b",), ("b",), ("a",)), 2)]),
+        (interleaved, "interleaved", [((("a",), ("b",), ("a",), ("b",)), 2)]),
     ],
 )
-def test_the_drawing_in_the_docstring_is_what_is_made(module, name, placement, m):
+def test_the_drawing_in_the_docstring_is_what_is_made(module, name, drawings):
     drawn = "\n".join(line.strip() for line in module.__doc__.splitlines() if re.match(r"\s*[a-z]: [FBW]\d", line))
-    assert draw(schedule(name, placement, m)) == drawn
+    assert "\n".join(draw(schedule(name, placement, m)) for placement, m in drawings) == drawn
 
 
 @given(CHAINS)
@@ -105,6 +106,18 @@ def test_zero_bubble_wastes_a_third_of_1f1b(p, more):
     m = 2 * p - 1 + more
     assert makespan(schedule("zero_bubble", chain(p), m), p) == 3 * m + p - 1
     assert makespan(schedule("1f1b", chain(p), m), p) == 3 * m + 3 * (p - 1)
+
+
+@given(st.integers(1, 6), st.integers(1, 4))
+def test_zero_bubble_in_a_v_has_half_the_bubble_at_the_same_peak(p, turns):
+    """Steps half as long, two stages a device: 6m + p - 1 of them, where a chain has 6m + 2(p - 1)."""
+    m = p * turns
+    there_and_back = (*chain(p), *reversed(chain(p)))
+    orders = schedule("zero_bubble", there_and_back, m)
+    assert makespan(orders, 2 * p) == 6 * m + p - 1
+    for steps in orders.values():
+        held = list(itertools.accumulate({"F": 1, "B": 0, "W": -1}[step.kind] for step in steps))
+        assert max(held) <= 2 * p
 
 
 @given(CHAINS)

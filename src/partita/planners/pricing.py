@@ -65,14 +65,14 @@ def to_plan(task: Task, built: Built, candidate: Candidate, *, named: bool = Tru
     taken = [0] * len(problem.pools)
     made = []
     sizes: tuple[int, ...] = ()
-    dealt = candidate.schedule == "interleaved" and len(candidate.stages) > problem.num_devices
+    doubled = len(candidate.stages) > problem.num_devices
     for s, choice in enumerate(candidate.stages):
         members = 1
         if choice.pool < 0:
             devices = tuple(d.name for d in task.cluster.devices)
             sizes = _by_speed(task, devices)
-        elif dealt:
-            devices = (problem.pools[0].devices[s % problem.num_devices],)
+        elif doubled:
+            devices = (problem.pools[0].devices[_turn(candidate, s, problem.num_devices)],)
         else:
             start = taken[choice.pool]
             devices = problem.pools[choice.pool].devices[start : start + choice.replicas]
@@ -100,6 +100,11 @@ def to_plan(task: Task, built: Built, candidate: Candidate, *, named: bool = Tru
         batch_norm=task.batch_norm,
         zero=problem.zero,
     )
+
+
+def _turn(candidate: Candidate, stage: int, count: int) -> int:
+    """Which of ``count`` devices has the stage, where each has two: dealt round, or there and back."""
+    return stage % count if candidate.schedule == "interleaved" else min(stage, 2 * count - 1 - stage)
 
 
 def _wishes(task: Task, ops: Sequence[int]) -> tuple[tuple[str, str], ...]:

@@ -80,13 +80,13 @@ def search(task: Task) -> Searched:
 
 
 def beside(task: Task, found: Searched) -> list[Candidate]:
-    """The winner and what simulation may like better: runners-up, a pipeline, unequal replicas, interleaving."""
+    """The winner and what simulation may like better: runners-up, a pipeline, unequal replicas, two stages a device."""
     built, outcome = found.built, found.outcome
     assert not isinstance(outcome, Infeasible)
     every = [
         outcome.best, *_pipeline(built.problem, outcome.best), *_plain(task, built.problem), *outcome.others,
         *_mixed(task, built.problem),
-        *_interleaved(task, built.problem),
+        *_doubled(task, built.problem),
     ]  # fmt: skip
     alike: dict[tuple[tuple[StageChoice, ...], int, str], Candidate] = {}
     for candidate in every:  # one stage has nothing to schedule
@@ -142,10 +142,12 @@ def _mixed(task: Task, problem: Problem) -> list[Candidate]:
     return [Candidate((stage,), count, "1f1b")]
 
 
-def _interleaved(task: Task, problem: Problem) -> list[Candidate]:
-    """Twice as many stages as devices, dealt round, where devices are equal and it was not forbidden."""
-    count = problem.num_devices
-    wanted = task.constraints.schedule in ("", "interleaved") and not problem.joined and problem.train
+def _doubled(task: Task, problem: Problem) -> list[Candidate]:
+    """Twice as many stages as devices, dealt round (interleaved) or in a V (zero_bubble), where devices are equal and
+    it was not forbidden."""
+    count, asked = problem.num_devices, task.constraints.schedule
+    schedules = [s for s in ("interleaved", "zero_bubble") if asked in ("", s)]
+    wanted = bool(schedules) and not problem.joined and problem.train
     fits_count = not problem.max_stages or problem.max_stages >= 2 * count
     fits_count = fits_count and not problem.num_stages and problem.num_replicas < 2
     if not wanted or not fits_count or count < 2 or len(problem.pools) > 1 or problem.num_blocks < 2 * count:
@@ -161,7 +163,7 @@ def _interleaved(task: Task, problem: Problem) -> list[Candidate]:
     found = stages(doubled, slack=0.02, keep=1)
     if isinstance(found, Infeasible) or len(found.best.stages) != 2 * count:
         return []
-    return [replace(found.best, schedule="interleaved")]
+    return [replace(found.best, schedule=s) for s in schedules]
 
 
 # -- teams and ZeRO ------------------------------------------------------------------------------------------------

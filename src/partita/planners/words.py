@@ -29,10 +29,10 @@ def reasons(task: Task, ranked: Sequence[Ranked], gap: float, teams: str) -> tup
         lines.append(f"{one / best.seconds:.2f}x one device alone ({format_seconds(one)})")
     lines += [*divided(best.plan), *([teams] if teams else [])]
     mixed = any(c.pool < 0 for c in best.candidate.stages)
-    dealt = best.candidate.schedule == "interleaved" and len(best.candidate.stages) > problem.num_devices
+    doubled = len(best.candidate.stages) > problem.num_devices
     if mixed:
         lines.append(f"devices of unequal speed get {', '.join(map(str, best.plan.batch.sizes))} samples each")
-    elif not dealt:
+    elif not doubled:
         lines += cut_reasons(best.built, best.candidate)
         lines += binding_reasons(best.built, best.candidate, task.optimizer)
     couplings = getattr(task.layouts, "couplings", ())
