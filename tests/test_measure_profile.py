@@ -18,6 +18,7 @@ from partita.cost.table import cost_table
 from partita.measure import kept_timings, local_cluster, measure_call
 from partita.measure import profile as module
 from partita.measure.profile import profile
+from partita.measure.rehearsal import Rehearsal
 from partita.measure.timings import LEAST_ALONE, MOST_HELD_UP, Sample, ease, held_up
 from partita.sharding.batch import layouts
 
@@ -178,3 +179,28 @@ def test_ease_is_what_is_left_of_the_seconds_alone() -> None:
     assert ease([[*together, *_samples([(1.2, 1.2)], alone=True)]]) == 1.0
     assert ease([[*together, *_samples([(0.1, 0.1)], alone=True)]]) == LEAST_ALONE
     assert ease([together]) == 1.0  # nobody ran alone
+
+
+def test_equal_layers_beyond_the_timed_ones_are_not_run_and_change_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, ran = Deep(depth=9), torch.randint(50, (8,)), list[int]()
+    captured = capture(model, (x,), {})
+    graph, forward = captured.graph, Rehearsal.forward
+    buffers, parameters = dict(model.named_buffers()), dict(model.named_parameters())
+    given = {captured.inputs[0]: x} | {t.name: buffers[t.path] for t in graph.of_role("buffer")}
+    weights = {t.name: parameters[t.path] for t in graph.of_role("parameter")}
+
+    def noted(self: Rehearsal, index: int, microbatch: int | None = None, *, keep: bool = False) -> None:
+        ran.append(index)
+        forward(self, index, microbatch, keep=keep)
+
+    def opened() -> tuple[int, dict[int, float | None]]:
+        ran.clear()
+        group, parts = local_cluster(["cpu"]).devices, profile_units(graph)
+        script = module._script(captured, layouts(graph), group, parts, 4, given, weights, True)
+        return len(ran), {i: script.saved.get(i) for i in script.chosen}
+
+    monkeypatch.setattr(Rehearsal, "forward", noted)
+    few, saved = opened()
+    monkeypatch.setattr(module, "_stand_ins", lambda *_: {})
+    every, expected = opened()
+    assert few < every and saved == expected

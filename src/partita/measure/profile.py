@@ -4,7 +4,8 @@ The graph is cut into units (``cost.blocks.profile_units``); equal layers have e
 two of them in turn, so that weights come from memory as in a step. Each unit runs the code a plan would run, on the
 device's own thread and cores, with real inputs: a forward of every unit, then backward and weight gradients in reverse,
 first with no gradients yet, then adding to them. Devices that share the machine's memory run at the same time, and one
-of each kind once more by itself.
+of each kind once more by itself. The first round, which warms up, and those of one device by itself take the pass
+without gradients only: a large model's step takes seconds, and all of this is waited for.
 What other processes take meanwhile is not counted where that can be told (``_clock``; see ``timings``).
 """
 
@@ -24,6 +25,7 @@ from partita.cluster import Cluster, Device
 from partita.cost.blocks import Block, profile_units
 from partita.cost.measured import Measured, Timing
 from partita.cost.memory import shares_memory
+from partita.graph import Graph
 from partita.lower import lower
 from partita.measure import store
 from partita.measure.progress import progress_bar
@@ -40,7 +42,7 @@ Tensors = Mapping[str, torch.Tensor]
 BUDGET_SECONDS = 4.0
 INSTANCES = 2
 MOST_ROUNDS = 12
-ALONE_ROUNDS = (1, 3)
+ALONE_ROUNDS = (1, 3, 5)
 
 
 @dataclass(eq=False)
@@ -174,10 +176,11 @@ def _script(
     copies = {name: t.detach().clone() for name, t in given.items()}
     shared = scene(captured, batch_layouts, program, copies, parameters, train=train)
     lanes = [_Lane(d, Rehearsal(shared, torch_device(d.name))) for d in group]
-    saved = lanes[0].rehearsal.open()
+    chosen = _chosen(program, parts)
+    saved = lanes[0].rehearsal.open(_stand_ins(graph, program, parts, chosen))
     for lane in lanes[1:]:  # the same values, read only
         lane.rehearsal.once, lane.rehearsal.values = lanes[0].rehearsal.once, lanes[0].rehearsal.values
-    return _Script(program, lanes, _chosen(program, parts), saved)
+    return _Script(program, lanes, chosen, saved)
 
 
 def _rounds(
@@ -192,7 +195,7 @@ def _rounds(
                 barrier = threading.Barrier(len(script.lanes))
                 team.run(
                     {
-                        lane.device.name: partial(_round, lane, script.chosen, train, barrier, number)
+                        lane.device.name: partial(_round, lane, script.chosen, train, barrier, number, again=number > 0)
                         for lane in script.lanes
                     },
                     barrier.abort,
@@ -228,10 +231,32 @@ def _chosen(program: Program, parts: Sequence[Block]) -> tuple[int, ...]:
     return tuple(result)
 
 
+def _stand_ins(graph: Graph, program: Program, parts: Sequence[Block], chosen: Sequence[int]) -> dict[int, int]:
+    """Segment -> an equal one that is run, whose results stand in for its own. Nothing is timed or counted of a segment
+    that is not chosen, but for those that take what a chosen one makes, which may keep it to their backward."""
+    taking = {i for i, s in enumerate(program.segments) if any(u.source in chosen for u in s.uses)}
+    found: dict[int, int] = {}
+    ran: dict[object, int] = {}
+    for i, segment in enumerate(program.segments):
+        if segment.phase == "once":
+            continue
+        part = parts[segment.stage]
+        place = {o: (k, j) for k, op in enumerate(part.ops) for j, o in enumerate(graph.ops[op].outputs)}
+        results = tuple((place.get(o), graph.tensor(o).shape, graph.tensor(o).dtype) for o in segment.outputs)
+        key = part.signature, segment.phase, len(segment.ops), results
+        if i in chosen or i in taking or key not in ran:
+            ran[key] = i
+        else:
+            found[i] = ran[key]
+    return found
+
+
 def _round(
-    lane: _Lane, chosen: Sequence[int], train: bool, barrier: threading.Barrier, turn: int, *, alone: bool = False
-) -> None:
-    """Two passes over the chosen units: with no gradients yet, then adding to them. ``alone``: so they are noted."""
+    lane: _Lane, chosen: Sequence[int], train: bool, barrier: threading.Barrier, turn: int, *, alone: bool = False,
+    again: bool = False,
+) -> None:  # fmt: skip
+    """A pass over the chosen units with no gradients yet, and ``again`` one that adds to them. ``alone``: so they are
+    noted."""
     rehearsal = lane.rehearsal
 
     def wait() -> None:
@@ -251,7 +276,7 @@ def _round(
         lane.samples.append(Sample(phase, index, fresh, seconds, wall, turn, alone))
 
     rehearsal.begin()
-    for fresh in (True, False):
+    for fresh in (True, False) if again else (True,):
         barrier.wait()
         for index in chosen:
             timed("forward", index, fresh, partial(rehearsal.forward, index))
