@@ -4,8 +4,8 @@ The graph is cut into units (``cost.blocks.profile_units``); equal layers have e
 two of them in turn, so that weights come from memory as in a step. Each unit runs the code a plan would run, on the
 device's own thread and cores, with real inputs: a forward of every unit, then backward and weight gradients in reverse,
 first with no gradients yet, then adding to them. Devices that share the machine's memory run at the same time, and one
-of each kind once more by itself. The first round, which warms up, and those of one device by itself take the pass
-without gradients only: a large model's step takes seconds, and all of this is waited for.
+of each kind once more by itself. A large model's step takes seconds, and all of this is waited for: the first round,
+which warms up, is one pass of the smallest size, and a device by itself takes one pass over one of each kind of unit.
 What other processes take meanwhile is not counted where that can be told (``_clock``; see ``timings``).
 """
 
@@ -39,7 +39,7 @@ from partita.runtime.team import Team
 from partita.sharding.batch import BatchLayouts, layouts
 
 Tensors = Mapping[str, torch.Tensor]
-BUDGET_SECONDS = 4.0
+BUDGET_SECONDS = 3.0
 INSTANCES = 2
 MOST_ROUNDS = 12
 ALONE_ROUNDS = (1, 3, 5)
@@ -56,11 +56,13 @@ class _Lane:
 
 @dataclass(frozen=True)
 class _Script:
-    """The program at one number of samples, the segments chosen from it, bytes each keeps to backward."""
+    """The program at one number of samples, the segments chosen from it, bytes each keeps to backward; ``distinct``:
+    of those chosen, one of each kind."""
 
     program: Program
     lanes: list[_Lane]
     chosen: tuple[int, ...]
+    distinct: tuple[int, ...]
     saved: Mapping[int, float]
 
     def samples(self, kind: str) -> list[list[Sample]]:
@@ -180,7 +182,7 @@ def _script(
     saved = lanes[0].rehearsal.open(_stand_ins(graph, program, parts, chosen))
     for lane in lanes[1:]:  # the same values, read only
         lane.rehearsal.once, lane.rehearsal.values = lanes[0].rehearsal.once, lanes[0].rehearsal.values
-    return _Script(program, lanes, chosen, saved)
+    return _Script(program, lanes, chosen, _chosen(program, parts, 1), saved)
 
 
 def _rounds(
@@ -191,7 +193,7 @@ def _rounds(
     began = time.perf_counter()
     try:
         for number in range(MOST_ROUNDS):
-            for script in scripts:
+            for script in scripts if number else scripts[:1]:
                 barrier = threading.Barrier(len(script.lanes))
                 team.run(
                     {
@@ -207,7 +209,7 @@ def _rounds(
                 largest = scripts[-1]
                 for lane in {lane.device.kind: lane for lane in largest.lanes}.values():
                     nobody = threading.Barrier(1)
-                    run = partial(_round, lane, largest.chosen, train, nobody, number, alone=True)
+                    run = partial(_round, lane, largest.distinct, train, nobody, number, alone=True)
                     team.run({lane.device.name: run}, nobody.abort)
             advance()
             spent = time.perf_counter() - began
@@ -217,7 +219,7 @@ def _rounds(
         team.close()
 
 
-def _chosen(program: Program, parts: Sequence[Block]) -> tuple[int, ...]:
+def _chosen(program: Program, parts: Sequence[Block], most: int = INSTANCES) -> tuple[int, ...]:
     """Segments to time: of each signature the first few."""
     seen: dict[tuple[str, str], int] = {}
     result = []
@@ -226,7 +228,7 @@ def _chosen(program: Program, parts: Sequence[Block]) -> tuple[int, ...]:
             continue
         key = (parts[segment.stage].signature, segment.phase)
         seen[key] = seen.get(key, 0) + 1
-        if seen[key] <= INSTANCES:
+        if seen[key] <= most:
             result.append(i)
     return tuple(result)
 
