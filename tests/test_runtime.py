@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import partita
 from partita.errors import ExecutionError, PlanError, UsageError
+from partita.plan import Batch, Plan, Stage
 from partita.runtime.module import ParallelModule
 
 pytestmark = pytest.mark.timeout(60)
@@ -706,3 +707,12 @@ def test_torch_cond_runs_in_a_model_that_runs_live() -> None:
     for module in (model, parallel):
         (module(x).sum() + module(-x).sum()).backward()
     assert_same_grads(model, other)
+
+
+@pytest.mark.parametrize("schedule", ["zero_bubble", "1f1b"])
+def test_stages_in_a_v_give_the_unsplit_models_numbers(schedule: str) -> None:
+    model, x = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4))), torch.randn(8, 6)
+    names = ("cpu:0", "cpu:1", "cpu:1", "cpu:0")
+    stages = tuple(Stage((name,), modules=(str(i),)) for i, name in enumerate(names))
+    plan = Plan(stages, devices=names[:2], batch=Batch(8, 4), schedule=schedule)
+    assert partita.verify(model, (x,), plan=plan).ok
