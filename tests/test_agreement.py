@@ -36,4 +36,4 @@ def blind_to_memory(problem: Problem, **options: Any) -> Optimal | Feasible | In
 def test_a_planner_that_is_wrong_is_caught(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "stages", wrong)
     with pytest.raises(AssertionError):
-        agreement.compare(60, number=2, shrink=False)
+        agreement.compare(150, number=2, shrink=False)
