@@ -241,7 +241,8 @@ def run_script(body: str, *, interrupt: bool = False) -> tuple[int, str, str]:
 
 
 SLOW = """
-    import sys, time, torch
+    import signal, sys, time, torch
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background is started deaf to it
     from torch import nn
     from dividing import cluster, divided
     class Slow(torch.autograd.Function):
