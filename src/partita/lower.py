@@ -11,7 +11,7 @@ whole are one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from partita.assign import Names, stages_of
@@ -165,19 +165,28 @@ def _offloaded(
 
 def _listed(ops: list[Op], patterns: tuple[str, ...]) -> list[tuple[int, int, str]]:
     """Index ranges of the ops of each listed module or op, and its name."""
-    names = Names([p] for p in patterns)
-    single = {p: at for at, p in reversed(tuple(enumerate(patterns)))}
+    listing = _listing(patterns)
     ranges: list[tuple[int, int, str]] = []
     owner = -1
     for i, op in enumerate(ops):
-        found = [at for at in (names.first(op.module), single.get(op.name)) if at is not None]
-        match = min(found, default=-1)
+        match = listing(op)
         if match >= 0 and match == owner:
             ranges[-1] = (ranges[-1][0], i + 1, patterns[match])
         elif match >= 0:
             ranges.append((i, i + 1, patterns[match]))
         owner = match
     return ranges
+
+
+def _listing(patterns: tuple[str, ...]) -> Callable[[Op], int]:
+    """Op -> position of the first pattern that names it or a module around it; -1: none does."""
+    names = Names([p] for p in patterns)
+    single = {p: at for at, p in reversed(tuple(enumerate(patterns)))}
+
+    def position(op: Op) -> int:
+        return min((at for at in (names.first(op.module), single.get(op.name)) if at is not None), default=-1)
+
+    return position
 
 
 def _held(graph: Graph, layouts: BatchLayouts, phases: Mapping[str, str], name: str) -> Layout:
@@ -204,11 +213,10 @@ def _recompute(graph: Graph, ops: list[Op], patterns: tuple[str, ...]) -> tuple[
     ranges: list[tuple[int, int]] = []
     start, owner = 0, ""
     made: set[str] = set()
-    names = Names([p] for p in patterns)
-    single = {p: at for at, p in reversed(tuple(enumerate(patterns)))}
+    listing = _listing(patterns)
     for i, op in enumerate(ops):
-        found = [at for at in (names.first(op.module), single.get(op.name)) if at is not None and op.grad]
-        match = patterns[min(found)] if found else ""
+        at = listing(op) if op.grad else -1
+        match = patterns[at] if at >= 0 else ""
         known = made if match == owner else ()
         if op.random or any(base not in known for base in op.writes):
             match = ""

@@ -36,7 +36,8 @@ class Shadow:
 
     def catch_up(self) -> None:
         """Carry out what was recorded since."""
-        self._copy()
+        if self._originals:
+            self._copy()
         for name, constant in self.trace.constants.items():
             self.values.setdefault(name, constant)
         while self.position < len(self.trace.calls):

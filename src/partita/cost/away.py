@@ -46,9 +46,9 @@ def leaving(
     """
     position = {int(op): at for at, op in enumerate(index)}
     inside = {at for start, stop in ranges for at in range(start, stop)}
-    stay = {graph.tensor(name).base or name for name in outputs}
+    stay = {_base(graph, name) for name in outputs}
     for start, stop in recompute:
-        stay.update(graph.tensor(n).base or n for at in range(start, stop) for n in graph.ops[index[at]].uses())
+        stay.update(_base(graph, n) for at in range(start, stop) for n in graph.ops[index[at]].uses())
     kept = graph.known("kept_by_maker")
     if "" not in kept:
         kept[""] = kept_by_maker(graph, given)
