@@ -123,6 +123,14 @@ def autocast_excluded(device: str) -> bool:
     return bool(torch._C._dispatch_tls_is_dispatch_key_excluded(getattr(torch._C.DispatchKey, _AUTOCAST[device])))
 
 
+def autocasting() -> str:
+    """The device type for which autocast is on here; '' where it is off or already at work."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device) and not autocast_excluded(device):
+            return device
+    return ""
+
+
 @contextmanager
 def force_eager() -> Iterator[None]:
     """Functions under ``torch.compile`` run as plain Python inside."""

@@ -9,13 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
 TORCH = str(Path(torch.__file__).parent) + "/"
 _PARTITA = str(Path(__file__).parent.parent) + "/"
 _CHECKPOINT = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
 _STDLIB = str(Path(linecache.__file__).parent) + "/"
-
-
 UNKNOWN = "an unknown line"
 
 
@@ -67,7 +66,7 @@ def line_of(error: BaseException) -> str:
     return found or UNKNOWN
 
 
-def place_of(error: BaseException, model: torch.nn.Module) -> str:
+def place_of(error: BaseException, model: nn.Module) -> str:
     """The innermost module of the model that an error passed through, and the innermost user's line:
     `` in module 'head' (Linear) at file.py:12: y = f(x)``; what is not known is left out."""
     paths = {id(module): path for path, module in model.named_modules()}
@@ -81,7 +80,24 @@ def place_of(error: BaseException, model: torch.nn.Module) -> str:
     return inside + (f" at {line}" if line != UNKNOWN else "")
 
 
-def line_of_forward(module: torch.nn.Module) -> str:
+def line_of_forward(module: nn.Module) -> str:
     """Where the module's forward begins."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return _line(code.co_filename, code.co_firstlineno) if code is not None else type(module).__name__
+
+
+def methods_on_stack(paths: dict[int, str], module: str) -> tuple[str, ...]:
+    """Methods of the current module between its forward and here, innermost first: ``blocks.0.route()``."""
+    found: list[str] = []
+    frame = sys._getframe(2)
+    while frame is not None:
+        code, owner = frame.f_code, frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and paths.get(id(owner)) == module:
+            if code.co_name == "forward":
+                return tuple(found)
+            method = getattr(type(owner), code.co_name, None)
+            mine = inspect.isfunction(method) and inspect.unwrap(method).__code__ is code
+            if mine and not code.co_filename.startswith(TORCH):
+                found.append(f"{module}.{code.co_name}()" if module else f"{code.co_name}()")
+        frame = frame.f_back  # type: ignore[assignment]
+    return ()

@@ -7,7 +7,6 @@ that never become ops (``.numpy()``, ``.tolist()``). What cannot be recorded fai
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from torch import nn
 from partita import torch_compat as tc
 from partita.capture import randomness
 from partita.capture.encode import NotEncodable, encode
-from partita.capture.frames import TORCH, checkpointing_module, user_line
+from partita.capture.frames import checkpointing_module, methods_on_stack, user_line
 from partita.capture.reading import execute, read
 from partita.capture.records import Break, Call, Trace, Value, flat, packet
 from partita.capture.shadow import Shadow
@@ -205,7 +204,7 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
             if bound["dropout_p"] > 0:
                 with self:
                     return randomness.sdpa_with_dropout(**bound)
-        device = autocasting()
+        device = tc.autocasting()
         if device and tc.autocast_kernel(func, device):
             with self:
                 return tc.autocast_call(func, device, args, kwargs)
@@ -379,14 +378,6 @@ class Draws(BaseException):
     """Python's or NumPy's generator was drawn from outside any opaque piece."""
 
 
-def autocasting() -> str:
-    """The device type for which autocast is on here; '' where it is off or already at work."""
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device) and not tc.autocast_excluded(device):
-            return device
-    return ""
-
-
 def _bind(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """All arguments of a call by name, defaults filled in."""
     bound = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
@@ -403,20 +394,3 @@ def _flows(tensor: torch.Tensor, role: str) -> bool:
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     """The memory a tensor shows, and how."""
     return (tc.storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
-def methods_on_stack(paths: dict[int, str], module: str) -> tuple[str, ...]:
-    """Methods of the current module between its forward and here, innermost first: ``blocks.0.route()``."""
-    found: list[str] = []
-    frame = sys._getframe(2)
-    while frame is not None:
-        code, owner = frame.f_code, frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and paths.get(id(owner)) == module:
-            if code.co_name == "forward":
-                return tuple(found)
-            method = getattr(type(owner), code.co_name, None)
-            mine = inspect.isfunction(method) and inspect.unwrap(method).__code__ is code
-            if mine and not code.co_filename.startswith(TORCH):
-                found.append(f"{module}.{code.co_name}()" if module else f"{code.co_name}()")
-        frame = frame.f_back  # type: ignore[assignment]
-    return ()

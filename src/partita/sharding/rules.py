@@ -6,6 +6,7 @@ from partita.sharding import (  # noqa: F401
     rules_index,
     rules_linear,
     rules_loss,
+    rules_moved,
     rules_nn,
     rules_reduce,
     rules_shape,
