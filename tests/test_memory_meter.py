@@ -8,7 +8,7 @@ import threading
 import torch
 from torch import nn
 
-from partita.runtime.memory import MemoryMeter, storage_bytes
+from partita.runtime.meter import MemoryMeter, storage_bytes
 
 KIB = 1024
 

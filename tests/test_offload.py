@@ -20,7 +20,7 @@ from partita.manual import plan_from_cuts
 from partita.plan import Offload, Plan
 from partita.predict import predict
 from partita.runtime.away import Away, Traffic
-from partita.runtime.memory import MemoryMeter
+from partita.runtime.meter import MemoryMeter
 from partita.runtime.module import ParallelModule
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore::UserWarning")]

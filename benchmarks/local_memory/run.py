@@ -20,7 +20,8 @@ from rich.table import Table
 
 import partita
 from benchmarks.models import WORKLOADS, cross_entropy
-from partita.runtime.memory import MemoryMeter, measure_memory
+from partita.runtime.memory import measure_memory
+from partita.runtime.meter import MemoryMeter
 from partita.units import format_bytes
 
 ROOM = 1.35  # a device's limit: its equal share of what one device needs, times this

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from partita.runtime.memory import counted_on, host_of
+from partita.runtime.meter import counted_on, host_of
 
 
 class Held:

@@ -27,7 +27,7 @@ import torch
 from partita.cost.surge import LEAD
 from partita.graph import Graph, Ref
 from partita.program import Program
-from partita.runtime.memory import counted_on
+from partita.runtime.meter import counted_on
 from partita.runtime.transport import Stopped
 from partita.runtime.weight_grad import WEIGHT_ARGUMENT, Gradient
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from partita.runtime.memory import MemoryMeter, storage_bytes
+from partita.runtime.meter import MemoryMeter, storage_bytes
 from partita.torch_compat import pytree
 
 if TYPE_CHECKING:
