@@ -7,6 +7,7 @@ import time
 from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from partita.predict import predict
 from partita.runtime.memory import measure_memory
 from partita.runtime.module import ParallelModule
 from partita.runtime.transport import Exchange
+from partita.runtime.weight_share import Shared
 from partita.sharding.batch import layouts
 
 RECEIVE = Exchange.receive
@@ -173,6 +175,33 @@ def test_no_peak_passes_its_prediction(model: type, x: tuple[int, ...], asked: d
     peak = {device: max(step[device] for step in found) for device in expected}
     assert all(peak[device] <= most * need for device, need in expected.items()), (expected, found)
     assert any(peak[device] >= 0.85 * need for device, need in expected.items()), (expected, found)
+
+
+@pytest.mark.parametrize("late", ["", "cpu:0", "cpu:1"])
+def test_replicas_that_make_products_together_keep_to_their_prediction(
+    monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
+    """Whoever is late, nobody keeps more pairs than fit under the peak that is reached anyway."""
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(96, 96), nn.ReLU()) for _ in range(7)), nn.Linear(96, 4))
+    example, where = torch.randn(1024, 96), local_cluster(["cpu", "cpu"])
+    graph, add = capture(net, (example,), {}).graph, Shared.add
+
+    def lags(self: Shared, *pair: Any) -> None:
+        if self.device == late:
+            time.sleep(LAG_SECONDS / 4)
+        add(self, *pair)
+
+    monkeypatch.setattr(Shared, "add", lags)
+    plan = auto(graph, layouts(graph), where, optimizer="none", constraints={"replicas": 2, "stages": 1})
+    expected = dict(predict(graph, plan, where, optimizer="none").memory)
+    parallel = ParallelModule(net, replace(plan, predicted=None), where, loss_fn=mean)
+    try:
+        found = [measure_memory(parallel, (example, torch.zeros(()))) for _ in range(3)]
+    finally:
+        parallel.close()
+    for device, need in expected.items():
+        peaks = [step[device] for step in found]
+        assert 0.95 * need <= max(peaks) <= 1.02 * need, (device, expected, found)
 
 
 @pytest.mark.zoo

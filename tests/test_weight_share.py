@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -128,9 +131,32 @@ def test_products_made_after_the_last_instruction_are_in_the_trace(monkeypatch: 
             plain(self, device, *how, **note)  # type: ignore[arg-type]
 
     monkeypatch.setattr(weight_share.Meeting, "make_ready", only_at_the_end)
+    monkeypatch.setattr(weight_share, "together", lambda *_: {})  # nobody waits
     divided = _replicas(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), 2)
     with divided.tracing():
         divided(torch.randn(7, 8)).sum().backward()
     divided.close()
     assert divided.trace is not None
     assert sum(e.kind == "W" for e in divided.trace.events) == 2
+
+
+def test_replicas_whose_pairs_come_in_different_orders_do_not_wait_for_ever() -> None:
+    sharing = weight_share.Sharing({"a": 1, "b": 1}, ("cpu:0", "cpu:1"), {"a": 1, "b": 1})
+    meeting = weight_share.Meeting(sharing, lambda: False)
+    weights = {name: torch.zeros(4, 4, requires_grad=True) for name in "ab"}
+
+    def hand_in(device: str, order: str) -> None:
+        share = weight_share.Shared(meeting, device)
+        for name in order:
+            gradient = weight_grad._Matrix(weights[name], None)
+            share.add(name, "linear", gradient, torch.ones(2, 4), torch.ones(2, 4))
+        share.end(nullcontext)
+
+    threads = [threading.Thread(target=hand_in, args=pair) for pair in (("cpu:0", "ab"), ("cpu:1", "ba"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    meeting.finish()
+    assert all(w.grad is not None and torch.equal(w.grad, torch.full((4, 4), 4.0)) for w in weights.values())

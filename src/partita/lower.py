@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from partita.assign import Names, stages_of
 from partita.cost.away import leaving
-from partita.cost.table import given_bytes
+from partita.cost.kept import given_bytes
 from partita.divide import Division, divide, leaders
 from partita.graph import Graph, Op
 from partita.lockstep import effective

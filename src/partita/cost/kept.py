@@ -72,6 +72,23 @@ def kept_by_maker(graph: Graph, given: Iterable[str]) -> list[tuple[Kept, ...]]:
     return [tuple(row) for row in result]
 
 
+def given_bytes(graph: Graph) -> dict[str, Affine]:
+    """Base -> bytes of what the caller holds for the whole batch during a step: inputs of the call, and what depends on
+    none of them (noise, masks, positions).
+    """
+    found = {t.base or t.name: tensor_bytes(graph, t.base or t.name) for t in graph.of_role("input")}
+    once = {t.name for t in graph.tensors if t.role in ("parameter", "buffer", "constant")}
+    for op in graph.ops:
+        if not op.writes and all(name in once for name in op.uses()):
+            for out in op.outputs:
+                if out and not graph.tensor(out).needs_grad:
+                    once.add(out)
+                    base = graph.tensor(out).base or out
+                    if graph.tensor(base).role == "op":
+                        found.setdefault(base, tensor_bytes(graph, base))
+    return found
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Lives:
     """Of a segment's ops, by position: bytes (fixed, per sample) of what is kept and alive while each is undone, and of

@@ -7,17 +7,17 @@ run on CPU measures (benchmarks/planner/memory_limits.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from partita.cost.affine import Affine
-from partita.cost.kept import HELD, TWICE, Lives, tensor_bytes
+from partita.cost.kept import HELD, TWICE, Lives, given_bytes, kept_by_maker, lives, tensor_bytes
 from partita.cost.ops import family, short
-from partita.graph import ITEMSIZE, Graph, Op, Ref
+from partita.cost.pairs import is_apart, kept_pairs, kept_until, leads, places_of, weight_of
+from partita.graph import ITEMSIZE, Graph, Op
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -28,12 +28,6 @@ TAKES_PART = frozenset(
      "unfold", "contiguous", "broadcast_to"}
 )  # fmt: skip
 """Views whose backward makes a tensor as large as what they are a view of."""
-PUT_OFF = MappingProxyType({"linear": 1, "addmm": 2, "embedding": 0})
-"""Ops whose weight gradient may be made later, and where their weight stands."""
-
-
-LEAD = 4
-"""Products by which one of the replicas that make them together may be ahead (``runtime.weight_share``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,26 +92,19 @@ def parameters_of_op(graph: Graph, op: Op) -> tuple[tuple[str, int, bool], ...]:
     return found
 
 
-def is_apart(graph: Graph, op: Op) -> bool:
-    """Whether its weight gradient is a product of its own, straight into the gradient, where a step has several
-    microbatches (``runtime.weight_grad``)."""
-    position = PUT_OFF.get(short(op.target))
-    if position is None:
-        return False
-    weight = op.args[position] if position < len(op.args) else None
-    if not isinstance(weight, Ref) or graph.tensor(weight.name).role != "parameter":
-        return False
-    taken = op.args[0]
-    return short(op.target) != "linear" or not isinstance(taken, Ref) or len(graph.tensor(taken.name).shape) > 1
-
-
 def rises(
-    graph: Graph, index: Indices, life: Lives, elsewhere: frozenset[str] = frozenset(), *, apart: bool,
+    graph: Graph,
+    index: Indices,
+    life: Lives,
+    elsewhere: frozenset[str] = frozenset(),
+    *,
+    apart: bool,
     lent: frozenset[str] = frozenset(),
-) -> Rises:  # fmt: skip
+    allowed: Mapping[str, int] | None = None,
+) -> Rises:
     """``index``: the ops, ``life``: of what they keep; ``apart``: weight gradients are products of their own
     (``is_apart``): there are several microbatches. ``elsewhere``: what they make that others take. ``lent``: parameters
-    whose gradients stay elsewhere.
+    whose gradients stay elsewhere. ``allowed``: of replicas that make products together, ``leads``.
     """
     total = np.array([life.saved.fixed, life.saved.per_sample])
     forward = _highest(graph, life.done - total)
@@ -132,11 +119,31 @@ def rises(
     first, later = with_fixed(alive, made), with_fixed(alive, own)
     if not apart:
         return Rises(forward, first, later)
-    behind = alive + _put_off(graph, index, life.ends, LEAD)
+    put_off = with_fixed(alive + kept_pairs(graph, index, life.ends), kept)
+    if allowed is None:
+        return Rises(forward, first, later, put_off, products=_products(graph, index))
+    together = alive + kept_pairs(graph, index, life.ends, kept_until(graph, index, allowed))
     return Rises(
-        forward, first, later, with_fixed(alive + _put_off(graph, index, life.ends), kept), with_fixed(behind, made),
-        with_fixed(behind, kept), _products(graph, index),
-    )  # fmt: skip
+        forward, first, later, put_off, with_fixed(together, made), with_fixed(together, kept), _products(graph, index)
+    )
+
+
+def together(graph: Graph, ops: Sequence[int], recompute: Sequence[tuple[int, int]] = ()) -> Mapping[str, int]:
+    """``pairs.leads`` of a replica that runs these ops: how far it may be ahead with each weight's gradient."""
+    key = (tuple(ops), tuple(recompute))
+    known = graph.known("together")
+    if key not in known:
+        index, inside = np.asarray(ops, dtype=np.int64), set(ops)
+        taken = {name for i, op in enumerate(graph.ops) if i not in inside for name in op.uses()}
+        elsewhere = frozenset(o for i in ops for o in graph.ops[i].outputs if o in taken)
+        life = lives(graph, ops, kept_by_maker(graph, given_bytes(graph)), recompute, sent=elsewhere)
+        alive = life.undone + _gradients(graph, index, elsewhere)
+        least = {weight_of(graph.ops[int(index[at])]): 1 for at in places_of(graph, index)}
+        alive += kept_pairs(graph, index, life.ends, kept_until(graph, index, least))
+        alive[:, 0] += _weights(graph, index, True)[2]
+        known[key] = leads(graph, index, life.ends, alive, _sizes(graph))
+    found: Mapping[str, int] = known[key]
+    return found
 
 
 def _products(graph: Graph, index: Indices) -> tuple[Product, ...]:
@@ -176,13 +183,19 @@ def _products(graph: Graph, index: Indices) -> tuple[Product, ...]:
 
 
 def _highest(graph: Graph, alive: Array) -> Lines:
-    batch = max(graph.batch, 1)
-    sizes = {1, batch, *(batch >> k for k in range(1, 8) if batch >> k)}
-    best = {int(np.argmax(alive[:, 0] + alive[:, 1] * n)) for n in sizes}
+    best = {int(np.argmax(alive[:, 0] + alive[:, 1] * n)) for n in _sizes(graph)}
     return tuple(Affine(float(alive[i, 0]), float(alive[i, 1])) for i in sorted(best))
 
 
-def _weights(graph: Graph, index: Indices, apart: bool, lent: frozenset[str]) -> tuple[Array, Array, Array]:
+def _sizes(graph: Graph) -> list[int]:
+    """Samples of the microbatches that are looked at."""
+    batch = max(graph.batch, 1)
+    return sorted({1, batch, *(batch >> k for k in range(1, 8) if batch >> k)})
+
+
+def _weights(
+    graph: Graph, index: Indices, apart: bool, lent: frozenset[str] = frozenset()
+) -> tuple[Array, Array, Array]:
     """Bytes of weights' gradients when each op has been undone: made so far by a first backward; of the op itself, on
     their way to be added to earlier ones; made so far, but for those that are products of their own.
     """
@@ -212,31 +225,6 @@ def _weights(graph: Graph, index: Indices, apart: bool, lent: frozenset[str]) ->
                 made[at - 1 if at else 0] -= 2 * size if at else 0
                 last[name] = at
     return np.cumsum(made[::-1])[::-1], own, np.cumsum(kept[::-1])[::-1]
-
-
-def _put_off(graph: Graph, index: Indices, ends: Mapping[str, int], most: int = 0) -> Array:
-    """Bytes kept for weight gradients to come, while each op is undone: the inputs and output gradients of those after
-    it (of the next ``most`` only, where it is not 0). An input counts from where it would go (``ends``); before, it is
-    among what is saved.
-    """
-    result = np.zeros((len(index) + 1, 2))
-    made = {out: at for at, i in enumerate(index) for out in graph.ops[int(i)].outputs if out}
-    seen: set[str] = set()
-    apart = [at for at, i in enumerate(index) if is_apart(graph, graph.ops[int(i)])]
-    for number, at in enumerate(apart):
-        op = graph.ops[int(index[at])]
-        until = apart[number - most] if most and number >= most else 0
-        for name in (*op.uses(), *(o for o in op.outputs if o)):
-            base = graph.tensor(name).base or name
-            before = at if name in op.outputs else ends.get(base, at)
-            if name not in op.outputs and (base in seen or base not in made):
-                continue
-            seen.add(base)
-            size = tensor_bytes(graph, name if name in op.outputs else base)
-            if until < before:
-                result[before] -= (size.fixed, size.per_sample)
-                result[until] += (size.fixed, size.per_sample)
-    return np.cumsum(result[:-1], axis=0)
 
 
 def _gradients(graph: Graph, index: Indices, elsewhere: frozenset[str]) -> Array:

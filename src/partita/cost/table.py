@@ -16,10 +16,11 @@ from partita.cluster import Cluster, Device
 from partita.cost.affine import Affine, total
 from partita.cost.away import Going, Lent, Ranges, Trips, copies_alive, has_host, trips, ways
 from partita.cost.blocks import Block, profile_units
-from partita.cost.kept import Kept, Lives, kept_by_maker, lives, tensor_bytes
+from partita.cost.kept import Kept, Lives, given_bytes, kept_by_maker, lives, tensor_bytes
 from partita.cost.measured import Measured
 from partita.cost.ops import op_cost, saved_tensors
-from partita.cost.surge import Rises, is_apart, parameters_of, parameters_of_op, rises
+from partita.cost.pairs import is_apart
+from partita.cost.surge import Rises, parameters_of, parameters_of_op, rises, together
 from partita.graph import Graph
 from partita.program import Partial, Program, Segment, Split
 
@@ -165,23 +166,6 @@ def _rescaled(rows: Sequence[tuple[Kept, ...]], value: Affine, batch: int, start
     return [tuple(k.scaled(factor) for k in row) for row in rows]
 
 
-def given_bytes(graph: Graph) -> dict[str, Affine]:
-    """Base -> bytes of what the caller holds for the whole batch during a step: inputs of the call, and what depends on
-    none of them (noise, masks, positions).
-    """
-    found = {t.base or t.name: tensor_bytes(graph, t.base or t.name) for t in graph.of_role("input")}
-    once = {t.name for t in graph.tensors if t.role in ("parameter", "buffer", "constant")}
-    for op in graph.ops:
-        if not op.writes and all(name in once for name in op.uses()):
-            for out in op.outputs:
-                if out and not graph.tensor(out).needs_grad:
-                    once.add(out)
-                    base = graph.tensor(out).base or out
-                    if graph.tensor(base).role == "op":
-                        found.setdefault(base, tensor_bytes(graph, base))
-    return found
-
-
 def segment_cost(
     table: CostTable,
     kind: str,
@@ -194,11 +178,13 @@ def segment_cost(
     going: Going = (),
     lent: Lent = (),
     device: Device | None = None,
+    replicas: bool = False,
 ) -> SegmentCost:
     """Of these ops (indices). ``recompute``: ranges of positions in ``ops`` that run again in backward: their saved
     bytes shrink to what enters the range, their forward time is paid twice. ``apart``: it runs for several
     microbatches. ``train``: something is kept for backward. ``going``: what ops in the ranges ``offload`` save and
     what leaves the ``device`` till then (``Segment.away``); ``lent``: parameters that live there (``Segment.lent``).
+    ``replicas``: those of a program's one stage run it.
     """
     graph, index = table.graph, np.asarray(ops, dtype=np.int64)
     if not len(index):
@@ -225,16 +211,18 @@ def segment_cost(
     held = frozenset(o for o in made if (graph.tensor(o).base or o) in life.stays)
     first = _sum(table.first[kind][index])
     owed, later = _owed(graph, ops)
+    allowed = together(graph, [int(i) for i in ops], recompute) if apart and replicas and train else None
     found, fetched = Trips(), Rises()
     if hosted and device is not None:
-        fetched = rises(graph, index, living(False), elsewhere, apart=apart, lent=away)
+        fetched = rises(graph, index, living(False), elsewhere, apart=apart, lent=away, allowed=allowed)
         there = [Affine(*row) for row in table.forward[kind][index].tolist()]
         back = [Affine(*row) for row in (table.backward[kind][index] + table.weight[kind][index]).tolist()]
         found = trips(graph, offload, going, there, back, device, lent)
     parameters = tuple(p for p in parameters_of(graph, ops) if p[0] not in away)
     return SegmentCost(
         forward, backward, weight, life.saved, held, parameters, first,
-        rises(graph, index, life, elsewhere, apart=apart, lent=away), owed, later, products(graph, ops),
+        rises(graph, index, life, elsewhere, apart=apart, lent=away, allowed=allowed), owed, later,
+        products(graph, ops),
         *given_to(table, ops), alone=_alone(table, kind, index), trips=found,
         fetched=fetched,
     )  # fmt: skip
@@ -331,7 +319,7 @@ def segment_costs(program: Program, table: CostTable, cluster: Cluster) -> dict[
                 apart = len(program.sizes) > 1 and segment.phase == "split"
                 cost = segment_cost(
                     table, kind, ops, segment.recompute, apart=apart, train=program.train, offload=segment.offload,
-                    going=segment.away, lent=segment.lent, device=devices[name],
+                    going=segment.away, lent=segment.lent, device=devices[name], replicas=bool(program.replicas),
                 )  # fmt: skip
                 known[s, kind] = replace(cost, joined=_joined(table.graph, program, segment))
             result[s, name] = known[s, kind]

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from partita.cost.surge import PUT_OFF
+from partita.cost.pairs import PUT_OFF
 from partita.torch_compat import no_view
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]

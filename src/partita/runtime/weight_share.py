@@ -8,15 +8,16 @@ slows down holds up the step. Here a weight's gradient is written by the product
 products go to the device that has time. Large ones are cut into as many parts of the weight's rows as there are
 replicas, so that nobody waits while another makes the last one. Pairs are joined in the order of the microbatches and
 the parts are always the same, so the bits do not depend on who made them. One product is left over till somebody's
-backward has ended, and gives him something to do while the others' last pairs come. Nobody keeps the pairs of more than
-``LEAD`` products: what he hands in stays until the slowest has handed in the same, and then it can be made. A gradient
-is accounted to the first replica, whoever makes it.
+backward has ended, and gives him something to do while the others' last pairs come. What a replica has handed in stays
+until it is made: nobody keeps more pairs than there is room for under the peak that its backward reaches anyway
+(``cost.pairs``), so the first products are made in step, and later ones when there is time. A gradient is accounted to
+the first replica, whoever makes it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from functools import partial
 
 import torch
 
-from partita.cost.surge import LEAD
+from partita.cost.pairs import LEAD
+from partita.cost.surge import together
 from partita.graph import Graph, Ref
 from partita.program import Program
 from partita.runtime.meter import counted_on
@@ -34,24 +36,28 @@ from partita.runtime.weight_grad import WEIGHT_ARGUMENT, Gradient
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """``uses``: weight -> products a microbatch owes it. ``replicas``: the devices, in order of their microbatches."""
+    """``uses``: weight -> products a microbatch owes it. ``replicas``: the devices, in order of their microbatches.
+    ``leads``: weight -> pairs that a replica may keep when it has handed in this one's."""
 
     uses: Mapping[str, int]
     replicas: tuple[str, ...]
+    leads: Mapping[str, int]
 
 
 def sharing(graph: Graph, program: Program) -> Sharing | None:
     """What replicas can make together, where the program is one stage whose every replica runs one microbatch."""
     if not program.replicas or not program.train:
         return None
-    inside = next(set(s.ops) for s in program.segments if s.phase == "split")
+    segment = next(s for s in program.segments if s.phase == "split")
+    inside, number = set(segment.ops), {op.name: i for i, op in enumerate(graph.ops)}
     uses: dict[str, int] = {}
     for op in graph.ops:
         position = WEIGHT_ARGUMENT.get(op.target)
         argument = op.args[position] if position is not None and op.name in inside else None
         if isinstance(argument, Ref) and graph.tensor(argument.name).role == "parameter":
             uses[argument.name] = uses.get(argument.name, 0) + 1
-    return Sharing(uses, program.replicas)
+    leads = together(graph, [number[name] for name in segment.ops], segment.recompute)
+    return Sharing(uses, program.replicas, leads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,14 @@ class _Owed:
 Work = Callable[[int], None]  # for the replica of this number to do
 
 
+class _Product:
+    """One weight's gradient, in parts; made when no part is left."""
+
+    def __init__(self, name: str, works: list[Work]) -> None:
+        self.name, self.left = name, len(works)
+        self.parts: deque[Work] = deque(works)
+
+
 class Meeting:
     """One step's exchange of pairs between the replicas."""
 
@@ -74,9 +88,13 @@ class Meeting:
         self.sharing = sharing
         self._stopped = stopped
         self._owed: dict[str, list[_Owed]] = {}
-        self._ready: deque[Work] = deque()
+        self._ready: deque[_Product] = deque()  # one entry a part
         self._finish: list[Callable[[], None]] = []
         self._done = dict.fromkeys(sharing.replicas, 0)
+        self._handed = Counter[tuple[str, str]]()
+        self._kept = dict.fromkeys(sharing.replicas, 0)  # pairs of weights this replica has handed in all pairs of
+        self._making = 0
+        self._waiting: set[str] = set()
         self._ended: set[str] = set()
         self._changed = threading.Condition()
 
@@ -85,44 +103,69 @@ class Meeting:
         complete: list[_Owed] = []
         with self._changed:
             self._done[device] += 1
+            self._handed[device, name] += 1
+            if self._handed[device, name] == self.sharing.uses[name]:
+                self._kept[device] += self.sharing.uses[name]
             waiting = self._owed.setdefault(name, [])
             waiting.append(owed)
-            if self._done[device] == min(self._done.values()):
-                self._changed.notify_all()
             if len(waiting) == self.sharing.uses[name] * len(self.sharing.replicas):
                 complete = self._owed.pop(name)
+                self._making += 1  # nobody may think that all wait
         if complete:
-            work = self._works(complete)
+            product = _Product(name, self._works(complete))
             with self._changed:
-                self._ready.extend(work)
+                self._making -= 1
+                self._ready.extend(product for _ in product.parts)
                 self._changed.notify_all()
 
     def make_ready(
-        self, device: str, reserve: int = 0, note: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        device: str,
+        reserve: int = 0,
+        note: Callable[[], AbstractContextManager[None]] = nullcontext,
+        *,
+        behind: bool = False,
     ) -> None:
-        """Make what can be made, while this device is ahead (or has ended): all but a ``reserve``, at the end that too.
-        ``note``: entered around each product."""
+        """Make what can be made, while this device is ahead (or has ended, or even if it is ``behind``): all but a
+        ``reserve``, at the end that too. ``note``: entered around each product."""
         while True:
             with self._changed:
                 ended = device in self._ended
-                ahead = ended or self._done[device] >= max(self._done.values())
+                ahead = ended or behind or self._done[device] >= max(self._done.values())
                 if len(self._ready) <= (0 if ended else reserve) or not ahead:
                     return
-                work = self._ready.popleft()
+                product = self._ready.popleft()
+                work = product.parts.popleft()
+                self._making += 1
             with note():
                 self._do(device, work)
+            del work  # and with it, after the last part, the pairs
+            with self._changed:
+                self._making -= 1
+                product.left -= 1
+                if not product.left:
+                    for replica in self._kept:
+                        self._kept[replica] -= self.sharing.uses[product.name]
+                self._changed.notify_all()
 
-    def keep_near(self, device: str) -> None:
-        """Wait while this device is far ahead, making what comes to be ready."""
+    def keep_near(self, device: str, name: str) -> None:
+        """Wait while this device keeps more than there is room for, making what comes to be ready."""
+        lead = self.sharing.leads.get(name, LEAD)
         while True:
             with self._changed:
-                if self._done[device] - min(self._done.values()) < LEAD:
+                if self._kept[device] < lead:
                     return
                 if self._stopped():
                     raise Stopped
                 if not self._ready:
-                    self._changed.wait(0.2)
-            self.make_ready(device)
+                    self._waiting.add(device)
+                    alone = len(self._waiting | self._ended) == len(self.sharing.replicas) and not self._making
+                    if not alone:
+                        self._changed.wait(0.2)
+                    self._waiting.discard(device)
+                    if alone:  # each waits for another's pair
+                        return
+            self.make_ready(device, behind=True)
 
     def _works(self, owed: list[_Owed]) -> list[Work]:
         """All of one weight's pairs: parts of one product where they are of one op and it is large, else one piece."""
@@ -194,7 +237,7 @@ class Shared:
         self._number += 1
         self.meeting.put(self.device, name, _Owed(self._replica, self._number, kind, gradient, x, grad))
         self.meeting.make_ready(self.device, len(self.meeting.sharing.replicas))
-        self.meeting.keep_near(self.device)
+        self.meeting.keep_near(self.device, name)
 
     def end(self, note: Callable[[], AbstractContextManager[None]]) -> None:
         self.meeting.end(self.device, note)
