@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from partita.cost.affine import Affine
 from partita.cost.kept import tensor_bytes
 from partita.cost.ops import short
-from partita.graph import Graph, Op, Ref
+from partita.graph import ITEMSIZE, Graph, Op, Ref
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -51,16 +51,19 @@ def places_of(graph: Graph, index: Indices) -> list[int]:
     return [at for at, i in enumerate(index) if is_apart(graph, graph.ops[int(i)])]
 
 
-def kept_pairs(graph: Graph, index: Indices, ends: Mapping[str, int], until: Sequence[int] = ()) -> Array:
+def kept_pairs(
+    graph: Graph, index: Indices, ends: Mapping[str, int], until: Sequence[int] = (), times: Sequence[int] = ()
+) -> Array:
     """Bytes (fixed, per sample) kept for weight gradients to come, while each op is undone: pairs of those after it.
     ``until``: of each op that is apart, the last position that its pair is kept at (none: to the end). An input counts
-    from where it would go (``ends``); before, it is among what is saved.
+    from where it would go (``ends``); before, it is among what is saved. ``times``: how often each pair counts.
     """
     result = np.zeros((len(index) + 1, 2))
     for number, tensors in enumerate(_pairs(graph, index, ends)):
         last = until[number] if until else 0
         for before, size in tensors:
             if last < before:
+                size = size.scaled(times[number] if times else 1.0)
                 result[before] -= (size.fixed, size.per_sample)
                 result[last] += (size.fixed, size.per_sample)
     return np.cumsum(result[:-1], axis=0)
@@ -121,3 +124,18 @@ def kept_until(graph: Graph, index: Indices, allowed: Mapping[str, int]) -> list
             at -= 1
         result.append(places[at] if at >= 0 else 0)
     return result
+
+
+def copies(graph: Graph, index: Indices, replicas: int) -> list[int]:
+    """Of each op that is apart, how many pairs the first replica holds where it keeps one: all ``replicas``' in one
+    copy, where that is how their product is made (``runtime.weight_grad``), else its own."""
+    found = []
+    for at in places_of(graph, index):
+        op = graph.ops[int(index[at])]
+        wide = [d for d in graph.tensor(weight_of(op)).shape if isinstance(d, int)]
+        out = graph.tensor(op.outputs[0])
+        last = out.shape[-1] if out.shape and isinstance(out.shape[-1], int) else 1
+        rows = out.nbytes(max(graph.batch, 1)) / (ITEMSIZE.get(out.dtype, 4) * max(last, 1))
+        few = len(wide) == 2 and rows * sum(wide) <= wide[0] * wide[1] * (replicas - 1)
+        found.append(replicas if few or short(op.target) == "embedding" else 1)
+    return found

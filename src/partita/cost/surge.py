@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from partita.cost.affine import Affine
 from partita.cost.kept import HELD, TWICE, Lives, given_bytes, kept_by_maker, lives, tensor_bytes
 from partita.cost.ops import family, short
-from partita.cost.pairs import is_apart, kept_pairs, kept_until, leads, places_of, weight_of
+from partita.cost.pairs import copies, is_apart, kept_pairs, kept_until, leads, places_of, weight_of
 from partita.graph import ITEMSIZE, Graph, Op
 
 Array = NDArray[np.float64]
@@ -101,10 +101,11 @@ def rises(
     apart: bool,
     lent: frozenset[str] = frozenset(),
     allowed: Mapping[str, int] | None = None,
+    replicas: int = 1,
 ) -> Rises:
     """``index``: the ops, ``life``: of what they keep; ``apart``: weight gradients are products of their own
     (``is_apart``): there are several microbatches. ``elsewhere``: what they make that others take. ``lent``: parameters
-    whose gradients stay elsewhere. ``allowed``: of replicas that make products together, ``leads``.
+    whose gradients stay elsewhere. ``allowed``: of so many ``replicas`` that make products together, ``leads``.
     """
     total = np.array([life.saved.fixed, life.saved.per_sample])
     forward = _highest(graph, life.done - total)
@@ -122,15 +123,17 @@ def rises(
     put_off = with_fixed(alive + kept_pairs(graph, index, life.ends), kept)
     if allowed is None:
         return Rises(forward, first, later, put_off, products=_products(graph, index))
-    together = alive + kept_pairs(graph, index, life.ends, kept_until(graph, index, allowed))
+    until = kept_until(graph, index, allowed)
+    owner = alive + kept_pairs(graph, index, life.ends, until, copies(graph, index, replicas))
+    helper = alive + kept_pairs(graph, index, life.ends, until)
     return Rises(
-        forward, first, later, put_off, with_fixed(together, made), with_fixed(together, kept), _products(graph, index)
+        forward, first, later, put_off, with_fixed(owner, made), with_fixed(helper, kept), _products(graph, index)
     )
 
 
 def together(graph: Graph, ops: Sequence[int], recompute: Sequence[tuple[int, int]] = ()) -> Mapping[str, int]:
     """``pairs.leads`` of a replica that runs these ops: how far it may be ahead with each weight's gradient."""
-    key = (tuple(ops), tuple(recompute))
+    key = f"{tuple(ops)} {tuple(recompute)}"
     known = graph.known("together")
     if key not in known:
         index, inside = np.asarray(ops, dtype=np.int64), set(ops)

@@ -178,13 +178,13 @@ def segment_cost(
     going: Going = (),
     lent: Lent = (),
     device: Device | None = None,
-    replicas: bool = False,
+    replicas: int = 0,
 ) -> SegmentCost:
     """Of these ops (indices). ``recompute``: ranges of positions in ``ops`` that run again in backward: their saved
     bytes shrink to what enters the range, their forward time is paid twice. ``apart``: it runs for several
     microbatches. ``train``: something is kept for backward. ``going``: what ops in the ranges ``offload`` save and
     what leaves the ``device`` till then (``Segment.away``); ``lent``: parameters that live there (``Segment.lent``).
-    ``replicas``: those of a program's one stage run it.
+    ``replicas``: so many of a program's one stage.
     """
     graph, index = table.graph, np.asarray(ops, dtype=np.int64)
     if not len(index):
@@ -213,15 +213,18 @@ def segment_cost(
     owed, later = _owed(graph, ops)
     allowed = together(graph, [int(i) for i in ops], recompute) if apart and replicas and train else None
     found, fetched = Trips(), Rises()
+
+    def worst(life: Lives) -> Rises:
+        return rises(graph, index, life, elsewhere, apart=apart, lent=away, allowed=allowed, replicas=replicas)
+
     if hosted and device is not None:
-        fetched = rises(graph, index, living(False), elsewhere, apart=apart, lent=away, allowed=allowed)
+        fetched = worst(living(False))
         there = [Affine(*row) for row in table.forward[kind][index].tolist()]
         back = [Affine(*row) for row in (table.backward[kind][index] + table.weight[kind][index]).tolist()]
         found = trips(graph, offload, going, there, back, device, lent)
     parameters = tuple(p for p in parameters_of(graph, ops) if p[0] not in away)
     return SegmentCost(
-        forward, backward, weight, life.saved, held, parameters, first,
-        rises(graph, index, life, elsewhere, apart=apart, lent=away, allowed=allowed), owed, later,
+        forward, backward, weight, life.saved, held, parameters, first, worst(life), owed, later,
         products(graph, ops),
         *given_to(table, ops), alone=_alone(table, kind, index), trips=found,
         fetched=fetched,
@@ -319,7 +322,7 @@ def segment_costs(program: Program, table: CostTable, cluster: Cluster) -> dict[
                 apart = len(program.sizes) > 1 and segment.phase == "split"
                 cost = segment_cost(
                     table, kind, ops, segment.recompute, apart=apart, train=program.train, offload=segment.offload,
-                    going=segment.away, lent=segment.lent, device=devices[name], replicas=bool(program.replicas),
+                    going=segment.away, lent=segment.lent, device=devices[name], replicas=len(program.replicas),
                 )  # fmt: skip
                 known[s, kind] = replace(cost, joined=_joined(table.graph, program, segment))
             result[s, name] = known[s, kind]
