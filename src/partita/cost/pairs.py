@@ -60,10 +60,11 @@ def kept_pairs(
     """
     result = np.zeros((len(index) + 1, 2))
     for number, tensors in enumerate(_pairs(graph, index, ends)):
-        last = until[number] if until else 0
+        last, count = until[number] if until else 0, times[number] if times else 1
         for before, size in tensors:
+            before += count > 1  # the copy is made while the pair is there
             if last < before:
-                size = size.scaled(times[number] if times else 1.0)
+                size = size.scaled(float(count))
                 result[before] -= (size.fixed, size.per_sample)
                 result[last] += (size.fixed, size.per_sample)
     return np.cumsum(result[:-1], axis=0)
