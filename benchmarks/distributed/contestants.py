@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -245,12 +246,22 @@ def cuts_of(work: Workload) -> list[int]:
     return [c for c in range(length // 2 - 1, length // 2 + 2) if 0 < c < length]
 
 
-def partita_pipeline(work: Workload, schedule: str) -> Ready:
+def bounds_of_v(cut: int, length: int) -> list[int]:
+    """Bounds of four parts, two a rank: each side of a cut in half."""
+    return [0, (cut + 1) // 2, cut, (cut + length) // 2, length]
+
+
+def partita_pipeline(work: Workload, schedule: str, *, v: bool = False) -> Ready:
+    """One stage a rank, or two that lie in a ``v`` (the last comes back to the first rank)."""
     names = work.names(work.make())
 
     def build(cut: int, microbatches: int) -> Ready:
-        first, second = (tuple(n for part in parts for n in part) for parts in (names[:cut], names[cut:]))
-        stages = (Stage(("cpu:0",), first), Stage(("cpu:1",), second))
+        bounds = bounds_of_v(cut, len(names)) if v else [0, cut, len(names)]
+        devices = ("cpu:0", "cpu:1", "cpu:1", "cpu:0") if v else ("cpu:0", "cpu:1")
+        stages = tuple(
+            Stage((device,), tuple(n for part in names[a:b] for n in part))
+            for device, (a, b) in zip(devices, pairwise(bounds), strict=True)
+        )
         return _partita(work, Plan(stages, batch=Batch(work.batch, microbatches), schedule=schedule), "")
 
     tries = {f"cut {c}, {m} microbatches,": (c, m) for c in cuts_of(work) for m in (4, 8)}
@@ -278,7 +289,7 @@ def torch_pipeline(work: Workload, schedule: str) -> Ready:
             spans = {0: (0, cut), 1: (cut, length)}
             mine = [rank]
         else:  # two virtual stages a rank; in a V the last comes back to the first rank
-            bounds = [0, (cut + 1) // 2, cut, (cut + length) // 2, length]
+            bounds = bounds_of_v(cut, length)
             spans = {i: (bounds[i], bounds[i + 1]) for i in range(4)}
             mine = [0, 3] if rank == 0 else [1, 2]
             mine = mine if schedule == "ScheduleZBVZeroBubble" else [rank, rank + 2]
@@ -316,6 +327,7 @@ CONTESTS: dict[str, dict[str, Callable[[Workload], Ready]]] = {
     "pipeline": {
         "partita 1f1b": lambda w: partita_pipeline(w, "1f1b"),
         "partita zero_bubble": lambda w: partita_pipeline(w, "zero_bubble"),
+        "partita zero_bubble in a V": lambda w: partita_pipeline(w, "zero_bubble", v=True),
         "Schedule1F1B": lambda w: torch_pipeline(w, "Schedule1F1B"),
         "ScheduleInterleavedZeroBubble": lambda w: torch_pipeline(w, "ScheduleInterleavedZeroBubble"),
         "ScheduleZBVZeroBubble": lambda w: torch_pipeline(w, "ScheduleZBVZeroBubble"),
