@@ -314,6 +314,7 @@ def _speech(batch: int = 8) -> Workload:
 
 
 WORKLOADS: dict[str, Workload] = {
+    "gpt125m": _gpt(50304, 768, 12, 12, batch=8, context=1024),  # for a GPU
     "gpt30m": _gpt(4096, 512, 8, 8),
     "gpt10m": _gpt(256, 384, 6, 6),
     "gpt3m": _gpt(256, 256, 4, 4),

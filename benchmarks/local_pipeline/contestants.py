@@ -404,17 +404,25 @@ def peak_bytes() -> int:
 
 
 def serve(
-    connection: Any, name: str, workload: str, rank: int, rendezvous: str, optimizer: bool, quick: bool = False
-) -> None:
+    connection: Any, name: str, workload: str, rank: int, rendezvous: str, optimizer: bool, quick: bool = False,
+    device: str = "", limit: int = 0,
+) -> None:  # fmt: skip
     """Answers ('step', n) with the last of n losses, ('infer', n) after n forwards, ('gradients', path) after saving
-    them, ('peak', None) with bytes, ('end', None). Errors go back as text."""
+    them, ('peak', None) with bytes, ('end', None). Errors go back as text. ``device``, within ``limit`` bytes: of
+    contestants for one device (``benchmarks.rivals.one_device``)."""
     global QUICK
     QUICK = quick
-    contestant, work = CONTESTANTS[name], WORKLOADS[workload]
+    from benchmarks.rivals import one_device
+
+    contestant, work = {**CONTESTANTS, **one_device.ONE_DEVICE}[name], WORKLOADS[workload]
     if contestant.threads is not None:
         torch.set_num_threads(contestant.threads)
     try:
-        with _group(contestant, rank, rendezvous) as sync:
+        with contextlib.ExitStack() as stack:
+            if device:
+                one_device.limited(device, limit)
+                stack.enter_context(one_device.group(rendezvous))
+            sync = stack.enter_context(_group(contestant, rank, rendezvous))
             ready = contestant.build(work, rank, sync)
             update = torch.optim.AdamW(ready.model.parameters(), lr=1e-5, fused=True).step if optimizer else None
             connection.send(("ready", ready.note))
@@ -428,7 +436,7 @@ def serve(
                     connection.send(("done", None))
                     continue
                 if word == "peak":
-                    connection.send(("done", peak_bytes()))
+                    connection.send(("done", one_device.peak_bytes() if device.startswith("cuda") else peak_bytes()))
                     continue
                 if word == "infer":
                     for _ in range(argument):

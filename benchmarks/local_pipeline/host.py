@@ -28,11 +28,15 @@ class Failed(Exception):
 class Guest:
     """One contestant: its processes (idle, blocked on a pipe, while others run) and what it said of itself."""
 
-    def __init__(self, name: str, workload: str, *, folder: Path, optimizer: bool, quick: bool = False) -> None:
+    def __init__(
+        self, name: str, workload: str, *, folder: Path, optimizer: bool, quick: bool = False, device: str = "",
+        limit: int = 0,
+    ) -> None:  # fmt: skip
         from benchmarks.local_pipeline.contestants import CONTESTANTS
+        from benchmarks.rivals.one_device import ONE_DEVICE
 
         self.name = name
-        self.about = CONTESTANTS[name]
+        self.about = {**CONTESTANTS, **ONE_DEVICE}[name]
         self.note = ""
         self._folder = folder
         self._links: list[Any] = []
@@ -43,10 +47,9 @@ class Guest:
         for rank in range(self.about.ranks):
             here, there = spawn.Pipe()
             mine = {cores[c % len(cores)] for c in self.about.cores[rank]}
+            words = (there, name, workload, rank, rendezvous, optimizer, mine, quick, device, limit)
             with _environment(self.about.threads, sorted(mine) if self.about.pinned else []):
-                process = spawn.Process(
-                    target=_enter, args=(there, name, workload, rank, rendezvous, optimizer, mine, quick), daemon=True
-                )
+                process = spawn.Process(target=_enter, args=words, daemon=True)
                 process.start()
             there.close()
             self._links.append(here)
@@ -138,9 +141,10 @@ def _environment(threads: int | None, pinned: list[int]) -> Iterator[None]:
 
 
 def _enter(
-    connection: Any, name: str, workload: str, rank: int, rendezvous: str, optimizer: bool, cores: set[int], quick: bool
-) -> None:
+    connection: Any, name: str, workload: str, rank: int, rendezvous: str, optimizer: bool, cores: set[int],
+    quick: bool, device: str, limit: int,
+) -> None:  # fmt: skip
     os.sched_setaffinity(0, cores)
     from benchmarks.local_pipeline.contestants import serve
 
-    serve(connection, name, workload, rank, rendezvous, optimizer, quick)
+    serve(connection, name, workload, rank, rendezvous, optimizer, quick, device, limit)

@@ -1,4 +1,4 @@
-"""Plans a person could pick, for a model on two devices: what predictions and the planner's choice are held against."""
+"""Plans a person could pick, on two devices or one beside its host: what predictions and choices are held against."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from benchmarks.models import Workload
 from partita.graph import Graph
 from partita.manual import plan_from_cuts
-from partita.plan import Batch, Plan, Stage
+from partita.plan import Batch, Offload, Plan, Stage
 
 
 def families(
@@ -52,4 +52,34 @@ def families(
                 base, stages=(replace(base.stages[0], recompute=names[1]), *base.stages[1:])
             )
             plans[f"recomputing all, {m} x 1f1b"] = replace(base, stages=tuple(again))
+    return plans
+
+
+def beside_host(
+    work: Workload, names: Sequence[tuple[str, ...]], graph: Graph, device: str, *, few: bool = False
+) -> dict[str, Plan]:
+    """On one device with its host's memory: all kept; none, half or all of the parts made again in backward, or their
+    saved activations offloaded; parameters of the middle half, or of all, on the host; microbatches.
+    """
+    everything = tuple(n for group in names for n in group)
+    batch, inner = max(graph.batch, 1), [n for group in names[1:-1] for n in group]
+    half = tuple(inner[::2])
+    ways: dict[str, dict[str, object]] = {
+        "all kept": {},
+        "recomputing half": {"recompute": half},
+        "recomputing all": {"recompute": tuple(inner)},
+        "activations of half on the host": {"offload": Offload(activations=half)},
+        "activations of all on the host": {"offload": Offload(activations=tuple(inner))},
+        "parameters of half on the host": {"offload": Offload(parameters=half)},
+        "parameters and activations of all on the host": {
+            "offload": Offload(activations=tuple(inner), parameters=tuple(inner))
+        },
+    }
+    plans = {}
+    for m in (1,) if work.couples_batch else (1, 4) if few else (1, 2, 4, 8):
+        for title, way in ways.items():
+            stage = Stage((device,), modules=everything, **way)  # type: ignore[arg-type]
+            plans[f"{title}, {m} microbatch{'es' if m > 1 else ''}"] = Plan(
+                (stage,), devices=(device,), batch=Batch(batch, m)
+            )
     return plans

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.devices import DEVICES, cluster_of, skipped
 from benchmarks.models import WORKLOADS
 from benchmarks.prediction.page import page
 from benchmarks.prediction.study import Row, study
-from partita.measure import local_cluster
 from partita.units import format_bytes
 
 MODELS = "gpt10m,gpt30m,vit,mlp,resnet,speech"
@@ -76,6 +76,7 @@ def shown(key: str, value: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.prediction", description=__doc__)
     parser.add_argument("--models", default=MODELS, help="of: " + ", ".join(WORKLOADS))
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="two CPU devices, or one device and its host")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each plan, in turn (default 7)")
     parser.add_argument("--few", action="store_true", help="fewer plans of each model")
     parser.add_argument("--best", action="store_true", help="compare the fastest step, not the median: a busy machine")
@@ -99,8 +100,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--retime goes with medians of the wall clock alone")
     if given.memory and (given.page or given.json):
         parser.error("--memory prints a table only")
+    if skipped(given.device, "benchmarks.prediction"):
+        return 0
     console = Console(stderr=given.json, width=None if sys.stdout.isatty() else 140)
-    cluster = local_cluster(2)
+    cluster = cluster_of(given.device)
     everything: list[Row] = []
     for name in models:
         with Progress(console=console, transient=True) as progress:

@@ -14,8 +14,9 @@ from rich.progress import Progress
 from torch import nn
 
 import partita
+from benchmarks.devices import finish
 from benchmarks.models import WORKLOADS, as_args, cross_entropy
-from benchmarks.prediction.plans import families
+from benchmarks.prediction.plans import beside_host, families
 from partita.capture import Captured, capture
 from partita.cluster import Cluster
 from partita.cost.measured import Measured
@@ -143,9 +144,11 @@ class Setting:
         return measure_call(self.captured, cluster, self.model, (*self.x, self.target), again=again)
 
     def plans(self, cluster: Cluster, *, few: bool = False) -> dict[str, Plan]:
-        """What a person could pick."""
+        """What a person could pick: for two devices, or for one beside its host."""
         work, graph = WORKLOADS[self.name], capture(self.model, self.x, {}).graph
         names = [tuple(group) for group in work.names(self.model)]
+        if len(cluster.devices) == 1:
+            return beside_host(work, names, graph, cluster.devices[0].name, few=few)
         first, second = (d.name for d in cluster.devices[:2])
         return families(work, names, graph, (first, second), few=few)
 
@@ -159,8 +162,10 @@ class Setting:
         """Seconds of one training step."""
         for parameter in self.model.parameters():
             parameter.grad = None
+        finish()
         start = time.perf_counter()
         parallel.train_step(*self.x, self.target)
+        finish()
         return time.perf_counter() - start
 
 

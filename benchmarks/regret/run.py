@@ -15,12 +15,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 import partita
+from benchmarks.devices import DEVICES, cluster_of, skipped
 from benchmarks.models import WORKLOADS, as_args, cross_entropy
 from benchmarks.prediction.study import CHOSEN, Setting, describe
 from partita.assign import assign
+from partita.cluster import Cluster
 from partita.errors import PartitaError
-from partita.measure import local_cluster
 from partita.plan import Plan
+from partita.predict import predict
 from partita.runtime.memory import measure_memory
 from partita.units import parse_bytes
 
@@ -28,7 +30,9 @@ SETTINGS = (
     "gpt10m", "gpt10m/4", "gpt10m/16/150MiB", "gpt30m", "gpt30m/4", "gpt30m/16/330MiB", "vit", "vit/4",
     "vit/16/220MiB", "mlp", "mlp/64", "resnet", "resnet/8", "speech", "speech/2",
 )  # fmt: skip
-"""model[/batch[/memory of each device]]"""
+"""model[/batch[/memory of each device, or per cent of what a device alone would need]]"""
+ON_GPU = ("gpt125m/8/80%", "gpt125m/8/60%", "gpt125m/8/40%", "gpt30m/64/50%", "vit/64/60%", "resnet/64/60%")
+"""Of one GPU: limits below the model's need."""
 
 FIRST_ROUNDS = 3
 STILL = 1.25
@@ -49,21 +53,30 @@ class Outcome:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def limit_of(setting: str) -> tuple[str, int, int]:
-    """(model, samples, bytes of each device; 0 for what there is)."""
+def words_of(setting: str) -> tuple[str, int, str]:
+    """(model, samples, memory of each device; '' for what there is)."""
     name, _, rest = setting.partition("/")
     batch, _, memory = rest.partition("/")
-    return name, int(batch or 0), parse_bytes(memory) if memory else 0
+    return name, int(batch or 0), memory
 
 
-def study(name: str, rounds: int, progress: Progress) -> Outcome:
+def limit_of(memory: str, setting: Setting, cluster: Cluster, plan: Plan) -> int:
+    """Bytes of each device; 0 for what there is. ``plan``: the one that per cent are of, on one device."""
+    if not memory.endswith("%"):
+        return parse_bytes(memory) if memory else 0
+    graph = setting.captured.graph
+    need = max(n for _, n in predict(graph, plan, cluster, optimizer="none", measured=setting.measured).memory)
+    return int(need * float(memory[:-1]) / 100)
+
+
+def study(name: str, rounds: int, ample: Cluster, progress: Progress) -> Outcome:
     """One setting: all plans a few times, the better ones on, the best against the chosen once more."""
-    model, batch, memory = limit_of(name)
-    ample = local_cluster(2)
+    model, batch, words = words_of(name)
     setting = Setting.make(model, ample, batch=batch)
     grid: dict[str, Plan] = setting.plans(ample)
+    memory = limit_of(words, setting, ample, next(iter(grid.values())))
     parallel = partita.parallelize(
-        setting.model, setting.x, devices=2, memory=memory or None, loss_fn=cross_entropy, optimizer="none"
+        setting.model, setting.x, devices=ample, memory=memory or None, loss_fn=cross_entropy, optimizer="none"
     )  # fmt: skip
     running = {CHOSEN: parallel}
     chosen, own = describe(parallel.plan), kernel(parallel.plan, setting)
@@ -80,7 +93,7 @@ def study(name: str, rounds: int, progress: Progress) -> Outcome:
         except PartitaError as error:
             outside[title] = str(error).splitlines()[0][:160]
             continue
-        if any(n > memory for device, n in peaks.items() if device != "caller"):
+        if any(n > memory for device, n in peaks.items() if device != "caller" and not device.startswith("host")):
             outside[title] = "takes more memory than there is"
             tried.close()
             continue
@@ -115,7 +128,7 @@ def study(name: str, rounds: int, progress: Progress) -> Outcome:
 def kernel(plan: Plan, setting: Setting) -> tuple[object, ...]:
     """What of a plan decides how it runs: which ops where, how often, in which order."""
     stage_of = assign(plan, setting.captured.graph)
-    stages = tuple((s.devices, s.tensor, s.recompute) for s in plan.stages)
+    stages = tuple((s.devices, s.tensor, s.recompute, s.offload) for s in plan.stages)
     order = plan.schedule if len(plan.stages) > 1 else ""
     return tuple(sorted(stage_of.items())), stages, plan.batch.microbatches, order
 
@@ -134,21 +147,24 @@ def turn(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.regret", description=__doc__)
-    parser.add_argument("--only", default=",".join(SETTINGS), help="settings: model[/batch[/memory]], of any kind")
+    parser.add_argument("--only", default="", help="settings: model[/batch[/memory]], of any kind")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="two CPU devices, or one device and its host")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each plan that is not dropped (default 9)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     given = parser.parse_args(argv)
-    settings = given.only.split(",")
+    settings = given.only.split(",") if given.only else ON_GPU if given.device == "cuda" else SETTINGS
     for setting in settings:
         if setting.partition("/")[0] not in WORKLOADS:
             parser.error(f"'{setting}' names no model of {', '.join(WORKLOADS)}")
     if given.rounds < FIRST_ROUNDS:
         parser.error(f"--rounds must be at least {FIRST_ROUNDS}")
+    if skipped(given.device, "benchmarks.regret"):
+        return 0
     console = Console(stderr=given.json, width=None if sys.stdout.isatty() else 150)
-    outcomes = []
+    ample, outcomes = cluster_of(given.device), []
     for setting in settings:
         with Progress(console=console, transient=True) as progress:
-            outcomes.append(study(setting, given.rounds, progress))
+            outcomes.append(study(setting, given.rounds, ample, progress))
         found = outcomes[-1]
         console.print(
             f"{setting}: regret {found.confirmed:.3f} (first {found.first:.3f}); {found.plans} plans; chosen "

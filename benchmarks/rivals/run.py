@@ -19,12 +19,16 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.devices import DEVICES, skipped
 from benchmarks.local_pipeline.contestants import CONTESTANTS
 from benchmarks.local_pipeline.host import Failed, Guest
 from benchmarks.local_pipeline.stats import ratio
 from benchmarks.models import WORKLOADS
+from benchmarks.rivals.one_device import ONE_DEVICE
+from partita.units import format_bytes
 
-OWN = ("partita", "partita-call")
+EVERYONE = {**CONTESTANTS, **ONE_DEVICE}
+OWN = ("partita", "partita-call", "partita-one")
 MODELS = "gpt30m,vit,resnet,mlp,speech"
 LEFT_OUT = ("partita-1f1b", "partita-zb")  # plans the planner did not choose are benchmarks.local_pipeline's
 TURN_SECONDS = 0.15
@@ -44,10 +48,33 @@ class Result:
     no_inference: str = ""
 
 
-def first_step(name: str, model: str, folder: Path) -> float:
+@dataclass(frozen=True)
+class Where:
+    """One device of this name within so many bytes (0: what there is); '': contestants have two CPU cores."""
+
+    device: str = ""
+    limit: int = 0
+
+    def guest(self, name: str, model: str, folder: Path, *, quick: bool = False) -> Guest:
+        return Guest(name, model, folder=folder, optimizer=False, quick=quick, device=self.device, limit=self.limit)
+
+
+def limit_of(model: str, where: Where, share: float) -> Where:
+    """Within this share of what plain PyTorch needs, measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        guest = where.guest("plain", model, Path(folder))
+        try:
+            guest.wait_ready()
+            guest.step()
+            return Where(where.device, int(share * guest.peak_bytes()))
+        finally:
+            guest.end()
+
+
+def first_step(name: str, model: str, folder: Path, where: Where) -> float:
     """Seconds from starting a fresh process to the end of its first step."""
     began = perf_counter()
-    guest = Guest(name, model, folder=folder, optimizer=False, quick=True)
+    guest = where.guest(name, model, folder, quick=True)
     try:
         guest.wait_ready()
         guest.step()
@@ -56,14 +83,16 @@ def first_step(name: str, model: str, folder: Path) -> float:
         guest.end()
 
 
-def measure(model: str, names: list[str], rounds: int, *, first: bool, progress: Progress) -> dict[str, Result]:
+def measure(
+    model: str, names: list[str], rounds: int, where: Where, *, first: bool, progress: Progress
+) -> dict[str, Result]:
     """Every contestant on one model."""
     results = {name: Result() for name in names}
     guests: dict[str, Guest] = {}
     task = progress.add_task(model, total=(1 + first) * len(names) + rounds * len(names))
 
     def enter(name: str) -> None:
-        guests[name] = guest = Guest(name, model, folder=Path(folder), optimizer=False)
+        guests[name] = guest = where.guest(name, model, Path(folder))
         guest.wait_ready()
         results[name].note = guest.note
         guest.step()
@@ -74,7 +103,7 @@ def measure(model: str, names: list[str], rounds: int, *, first: bool, progress:
         result, guest = results[name], guests.get(name)
         try:
             if what == "first":
-                result.first = first_step(name, model, Path(folder))
+                result.first = first_step(name, model, Path(folder), where)
             elif guest is None:
                 enter(name)
                 if not result.no_inference:
@@ -124,11 +153,11 @@ def rows(model: str, results: dict[str, Result]) -> list[tuple[str, ...]]:
     batch = WORKLOADS[model].batch
     found = []
     for name, r in results.items():
-        about = CONTESTANTS[name]
+        about = EVERYONE[name]
         if r.error or not r.train:
             found.append((about.title, "-", "-", "-", "-", "-", "-", str(about.lines), f"failed: {r.error[:150]}"))
             continue
-        own = results.get("partita")
+        own = results.get("partita") or results.get("partita-one")
         compared = ["-", "-"]
         for i, what in enumerate(("train", "infer")):
             mine, theirs = getattr(own, what, []), getattr(r, what)
@@ -147,10 +176,11 @@ def rows(model: str, results: dict[str, Result]) -> list[tuple[str, ...]]:
 HEAD = ("contestant", "train", "partita is", "infer", "partita is", "memory", "first step", "lines", "settings")
 
 
-def section(model: str, table: list[tuple[str, ...]], rounds: int) -> str:
+def section(model: str, table: list[tuple[str, ...]], rounds: int, where: Where) -> str:
     """One model of the result file."""
+    title = f"{model} on {where.device} within {format_bytes(where.limit)}" if where.device else model
     lines = [
-        f"## {model}", "", f"{rounds} rounds, {datetime.datetime.now():%Y-%m-%d %H:%M}.", "",
+        f"## {title}", "", f"{rounds} rounds, {datetime.datetime.now():%Y-%m-%d %H:%M}.", "",
         "| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD),
     ]  # fmt: skip
     return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in table]) + "\n"
@@ -161,7 +191,8 @@ def save(sections: dict[str, str]) -> Path:
     path = Path(__file__).parent / "results" / f"{datetime.date.today().isoformat()}.md"
     path.parent.mkdir(exist_ok=True)
     earlier = path.read_text(encoding="utf-8").split("\n## ")[1:] if path.exists() else []
-    found = {text.partition("\n")[0]: f"## {text.rstrip()}\n" for text in earlier} | sections
+    found = {text.partition("\n")[0]: f"## {text.rstrip()}\n" for text in earlier}
+    found |= {text.partition("\n")[0].removeprefix("## "): text for text in sections.values()}
     head = (
         f"# Rivals, {datetime.date.today().isoformat()}\n\n`python -m benchmarks.rivals --save`; "
         f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}. "
@@ -173,28 +204,35 @@ def save(sections: dict[str, str]) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    names = [n for n in CONTESTANTS if n not in LEFT_OUT]
     parser = argparse.ArgumentParser(prog="benchmarks.rivals", description=__doc__)
     parser.add_argument("--models", default=MODELS, help="of: " + ", ".join(WORKLOADS))
-    parser.add_argument("--only", default=",".join(names), help="contestants")
+    parser.add_argument("--only", default="", help="contestants")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="two CPU cores, or one device and its host")
+    parser.add_argument("--share", type=float, default=0.6, help="of one device: memory, of plain PyTorch's need (0.6)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant (default 7)")
     parser.add_argument("--no-first", action="store_true", help="leave out the time to the first step")
     parser.add_argument("--save", action="store_true", help="write results/DATE.md beside this program, model by model")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     given = parser.parse_args(argv)
-    asked, models = given.only.split(","), given.models.split(",")
-    for value, known in [*((m, WORKLOADS) for m in models), *((n, CONTESTANTS) for n in asked)]:
+    there = CONTESTANTS if given.device == "cpu" else ONE_DEVICE
+    asked = given.only.split(",") if given.only else [n for n in there if n not in LEFT_OUT]
+    models = given.models.split(",")
+    for value, known in [*((m, WORKLOADS) for m in models), *((n, there) for n in asked)]:
         if value not in known:
             parser.error(f"'{value}' is not one of {', '.join(known)}")
     if given.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if skipped(given.device, "benchmarks.rivals"):
+        return 0
     console = Console(stderr=given.json)
+    one = Where("" if given.device == "cpu" else "cuda:0" if given.device == "cuda" else given.device)
     sections: dict[str, str] = {}
     raw: dict[str, object] = {}
     for model in models:
         with Progress(console=console, transient=True) as progress:
-            results = measure(model, asked, given.rounds, first=not given.no_first, progress=progress)
-        sections[model] = section(model, rows(model, results), given.rounds)
+            where = limit_of(model, one, given.share) if one.device else one
+            results = measure(model, asked, given.rounds, where, first=not given.no_first, progress=progress)
+        sections[model] = section(model, rows(model, results), given.rounds, where)
         raw[model] = {n: vars(r) for n, r in results.items()}
         if not given.json:
             print(sections[model], flush=True)
