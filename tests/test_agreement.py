@@ -16,10 +16,11 @@ from partita.planners.problem import Feasible, Infeasible, Optimal, Problem
 from partita.planners.stages import stages
 
 
-def test_on_a_hundred_and_fifty_joint_problems_the_answer_is_the_optimum_or_within_its_gap() -> None:
-    found = agreement.compare(150, number=1)
-    assert sum(found.values()) >= 150
-    assert found["optimal"] > 50 and found["infeasible"] > 10
+def test_on_sixty_joint_problems_the_answer_is_the_optimum_or_within_its_gap() -> None:
+    found = agreement.compare(60, number=1)
+    assert found["optimal"] + found["gap"] + found["infeasible"] >= 60
+    assert found["optimal"] > 20 and found["infeasible"] > 5
+    assert sum(found[way] for way in agreement.WAYS)  # memory binds
 
 
 def second_best(problem: Problem, **options: Any) -> Optimal | Feasible | Infeasible:

@@ -1,11 +1,12 @@
 """The planner against trying every plan: ``python -m benchmarks.planner.agreement [--problems 2000] [--seed 0]``.
 
-Joint problems drawn by hypothesis: up to five blocks in a chain or graph on up to four devices of one or two kinds;
-stages, replicas, tensor degrees, ZeRO levels, microbatches, schedule, recomputation and offload are chosen together
-under each device's memory, with links from free to slow, parts that need the whole batch, weights that blocks share,
-and constraints. An answer called optimal must be as fast as the fastest of all plans; one with a gap must be no further
-from it than its gap; infeasible must mean that no plan fits. Every second problem is a set of them: all ways to make
-teams of the devices, at all ZeRO levels. Prints the counts; exits 1 at a disagreement, with the problem shrunk.
+Joint problems drawn by hypothesis: up to four blocks in a chain or graph on up to four devices of one or two kinds;
+stages, replicas, tensor degrees, ZeRO levels, microbatches, schedule, recomputation, offload of activations and of
+parameters are chosen together under each device's memory, with links from free to slow, parts that need the whole
+batch, weights that blocks share, and constraints. An answer called optimal must be as fast as the fastest of all plans;
+one with a gap must be no further from it than its gap; infeasible must mean that no plan fits. Every second problem is
+a set of them: all ways to make teams of the devices, at all ZeRO levels. Prints the counts; exits 1 at a disagreement,
+with the problem shrunk.
 """
 
 from __future__ import annotations
@@ -23,18 +24,20 @@ from hypothesis import strategies as st
 
 from partita.planners.exhaustive import exhaustive
 from partita.planners.joint import joint
-from partita.planners.objective import candidate_seconds
+from partita.planners.objective import candidate_bytes, candidate_seconds
 from partita.planners.problem import Edge, Infeasible, Optimal, Outcome, Pool, Problem, Shares, Times, Weights
 from partita.planners.stages import check_candidate, stages
 from partita.planners.teams import teamings
 
 ROUNDING = 1e-9
+AMPLE = 1e9
+WAYS = ("recompute", "offload", "lend")
 
 
 @st.composite
-def problems(draw: st.DrawFn, *, dag: bool, most: int = 5) -> Problem:
+def problems(draw: st.DrawFn, *, dag: bool, most: int = 4) -> Problem:
     """A joint problem small enough to try every plan of, of at most so many blocks."""
-    n = draw(st.integers(1, min(4, most) if dag else most))
+    n = min(draw(st.sampled_from([1, 2, 3, 3, 4])), most)
     num_pools = draw(st.integers(1, 2))
     counts = [draw(st.integers(1, 3 if num_pools == 1 else 2)) for _ in range(num_pools)]
     number = st.integers(0, 9)
@@ -43,12 +46,13 @@ def problems(draw: st.DrawFn, *, dag: bool, most: int = 5) -> Problem:
         size = prod(shape)
         return np.array(draw(st.lists(number, min_size=size, max_size=size)), dtype=float).reshape(shape)
 
-    saved = rows(n, 2)
+    saved = rows(n, 2) * draw(st.sampled_from([1.0, 4.0]))
     joined = draw(st.booleans())
     split = Times(
         rows(num_pools, n, 2) + 0.5, rows(num_pools, n, 2), rows(num_pools, n, 2),
-        rows(num_pools, n) if joined else np.zeros((num_pools, n)), saved, np.minimum(rows(n, 2), saved), rows(n, 2),
-        rows(n) * joined, rows(n, 2), np.minimum(rows(n, 2), saved),
+        rows(num_pools, n) if joined else np.zeros((num_pools, n)), saved,
+        np.minimum(rows(n, 2) * draw(st.sampled_from([1.0, 0.2])), saved), rows(n, 2), rows(n) * joined, rows(n, 2),
+        np.minimum(rows(n, 2) * draw(st.sampled_from([1.0, 4.0])), saved),
     )  # fmt: skip
     single = replace(split, whole=np.zeros((num_pools, n)), whole_saved=np.zeros(n))
     if dag:
@@ -60,16 +64,18 @@ def problems(draw: st.DrawFn, *, dag: bool, most: int = 5) -> Problem:
     if n > 2 and draw(st.booleans()):
         edges.append(Edge(0, (1, n - 1), 1.0, float(draw(number))))
     sizes = [float(draw(st.integers(0, 40))) for _ in range(n)]
-    weights = [Weights((i,), size, size) for i, size in enumerate(sizes)]
+    frozen = draw(st.sets(st.integers(0, n - 1), max_size=1))
+    weights = [Weights((i,), size, 0.0 if i in frozen else size) for i, size in enumerate(sizes)]
     if draw(st.booleans()):
         weights.append(Weights((0, n - 1), 20.0, draw(st.sampled_from([0.0, 20.0]))))
     hosts = st.sampled_from([0.0, 0.02, 0.2, 1.0])
-    memory = st.one_of(st.just(1e9), st.integers(60, 900).map(float))
     pools = tuple(
-        Pool(f"p{i}", tuple(f"p{i}:{k}" for k in range(c)), draw(memory), draw(st.booleans()), host=draw(hosts))
+        Pool(f"p{i}", tuple(f"p{i}:{k}" for k in range(c)), AMPLE, draw(st.booleans()), host=draw(hosts))
         for i, c in enumerate(counts)
     )
-    return Problem(
+    hosted = any(p.host for p in pools)
+    lends = st.sampled_from([(), (0,), (0, n - 1) if n > 3 else tuple(range(n))])
+    ample = Problem(
         batch=8, pools=pools, single=single, split=split, edges=tuple(edges), weights=tuple(weights),
         microbatches=draw(st.sampled_from([(1,), (1, 4), (2, 3), (1, 2, 8)])),
         schedules=draw(st.sampled_from([("1f1b",), ("1f1b", "zero_bubble", "gpipe"), ("gpipe", "zero_bubble")])),
@@ -79,7 +85,10 @@ def problems(draw: st.DrawFn, *, dag: bool, most: int = 5) -> Problem:
         seconds_per_byte=draw(st.sampled_from([0.0, 0.1, 1.0])), reduce_seconds_per_byte=0.05,
         may_recompute=tuple(range(n)) if draw(st.booleans()) else (),
         recompute=draw(st.sampled_from([(), (), (0,)])),
-        may_offload=tuple(range(n)) if any(p.host for p in pools) else (),
+        may_offload=tuple(range(n)) if hosted else (),
+        may_lend=draw(lends) if hosted else (), lend=(1,) if n > 2 and hosted and draw(st.integers(0, 4)) == 0 else (),
+        lendable=np.array([(size, w.trained) for size, w in zip(sizes, weights, strict=False)]),
+        update=draw(st.sampled_from([0.0, 0.05, 1.0])),
         offload=(n - 1,) if n > 1 and all(p.host for p in pools) and draw(st.integers(0, 4)) == 0 else (),
         together=draw(st.sampled_from([(), (), ((0, n - 1),)])),
         breaks=(n - 1,) if n > 1 and draw(st.integers(0, 3)) == 0 else (),
@@ -87,6 +96,24 @@ def problems(draw: st.DrawFn, *, dag: bool, most: int = 5) -> Problem:
         max_stages=draw(st.sampled_from([0, 0, 0, 1, 2])), num_stages=draw(st.sampled_from([0, 0, 0, 0, 2])),
         num_replicas=draw(st.sampled_from([0, 0, 0, 0, 2])),
     )  # fmt: skip
+    shares = [draw(st.sampled_from([0.0, 0.0, 0.97, 0.93, 0.88, 0.82, 0.75, 0.6])) for _ in pools]
+    return _limited(ample, shares, dag) if any(shares) else ample
+
+
+def _limited(ample: Problem, shares: list[float], dag: bool) -> Problem:
+    """With these shares of the memory that the fastest plan would take on each pool (0: ample): limits that bind."""
+    free = stages(ample, anywhere=dag)
+    if isinstance(free, Infeasible):
+        return ample
+    need = dict.fromkeys(range(len(shares)), 0.0)
+    for choice, nbytes in zip(free.best.stages, candidate_bytes(ample, free.best), strict=True):
+        need[choice.pool] = max(need[choice.pool], float(nbytes))
+    most = max(need.values())
+    pools = tuple(
+        replace(pool, memory_bytes=share * (need[p] or most) if share else AMPLE)
+        for p, (pool, share) in enumerate(zip(ample.pools, shares, strict=True))
+    )
+    return replace(ample, pools=pools)
 
 
 @st.composite
@@ -144,8 +171,9 @@ def divided(draw: st.DrawFn, base: Problem, members: int) -> Shares:
     return Shares(members, share(base.single), share(base.split), weights)
 
 
-def verdict(several: Problem | tuple[Problem, ...], *, anywhere: bool, slack: float) -> str:
-    """'optimal', 'gap' or 'infeasible' where the two agree. Raises AssertionError where they do not."""
+def verdict(several: Problem | tuple[Problem, ...], *, anywhere: bool, slack: float) -> tuple[str, ...]:
+    """'optimal', 'gap' or 'infeasible' where the two agree, and in which ways the plan's blocks hold less. Raises
+    AssertionError where they do not."""
     oracle: Outcome
     if isinstance(several, tuple):
         found = joint(several, anywhere=anywhere, slack=slack)
@@ -158,13 +186,14 @@ def verdict(several: Problem | tuple[Problem, ...], *, anywhere: bool, slack: fl
         mine, oracle = stages(problem, anywhere=anywhere, slack=slack), exhaustive(problem, anywhere=anywhere)
     if isinstance(mine, Infeasible) or isinstance(oracle, Infeasible):
         assert type(mine) is type(oracle), f"planner {mine}, every plan {oracle}"
-        return "infeasible"
+        return ("infeasible",)
     assert check_candidate(problem, mine.best), f"{mine.best} does not fit"
     quoted, best = mine.best.seconds, oracle.best.seconds
     assert isclose(quoted, candidate_seconds(problem, mine.best), rel_tol=ROUNDING)
     gap = 0.0 if isinstance(mine, Optimal) else mine.gap
     assert best * (1 - ROUNDING) <= quoted <= best * (1 + gap) * (1 + ROUNDING), f"{quoted} quoted, {best} found: {gap}"
-    return "optimal" if isclose(quoted, best, rel_tol=ROUNDING) else "gap"
+    ways = (way for way in WAYS if any(getattr(stage, way) for stage in mine.best.stages))
+    return ("optimal" if isclose(quoted, best, rel_tol=ROUNDING) else "gap", *ways)
 
 
 def compare(count: int, number: int = 0, *, shrink: bool = True) -> Counter[str]:
@@ -184,7 +213,7 @@ def compare(count: int, number: int = 0, *, shrink: bool = True) -> Counter[str]
     )
     def judge(drawn: tuple[bool, Problem | tuple[Problem, ...]], slack: float) -> None:
         dag, problem = drawn
-        found[verdict(problem, anywhere=dag, slack=slack)] += 1
+        found.update(verdict(problem, anywhere=dag, slack=slack))
 
     judge()
     return found
@@ -201,10 +230,11 @@ def main(argv: list[str] | None = None) -> int:
     except AssertionError as error:
         print(f"DISAGREEMENT: {error}", *getattr(error, "__notes__", ()), sep="\n")
         return 1
+    count = sum(found[word] for word in ("optimal", "gap", "infeasible"))
     print(
-        f"{sum(found.values())} problems, none in disagreement: {found['optimal']} answers are the optimum, "
-        f"{found['gap']} are within their gap of it, {found['infeasible']} have no plan "
-        f"({time.perf_counter() - began:.0f} s)"
+        f"{count} problems, none in disagreement: {found['optimal']} answers are the optimum, {found['gap']} are "
+        f"within their gap of it, {found['infeasible']} have no plan; of the plans {found['recompute']} recompute, "
+        f"{found['offload']} offload activations, {found['lend']} parameters ({time.perf_counter() - began:.0f} s)"
     )
     return 0
 

@@ -1,7 +1,8 @@
 """Auto: from a graph and a cluster to the best plan: search in closed form, then rank the winners by simulation.
 
 task ─▶ searching: single devices ─┐
-    └─▶ searching: teams, ZeRO ────┴─▶ pricing: simulated, ranked together ─▶ plan, words
+    ├─▶ searching: teams, ZeRO ────┤
+    └─▶ searching: lent parameters ┴─▶ pricing: simulated, ranked together ─▶ plan, words
 """
 
 from __future__ import annotations
@@ -26,7 +27,18 @@ from partita.planners.objective import candidate_bytes
 from partita.planners.pricing import WORTH, Ranked, best_first, finished, price, rank, slowest_op
 from partita.planners.problem import Candidate, Infeasible, Optimal
 from partita.planners.remedies import loosened
-from partita.planners.searching import QUICK_OPS, Searched, Widened, beside, closed, fitting, search, variants, widen
+from partita.planners.searching import (
+    QUICK_OPS,
+    Searched,
+    Widened,
+    beside,
+    closed,
+    fitting,
+    lending,
+    search,
+    variants,
+    widen,
+)
 from partita.planners.task import Task, Variant
 from partita.planners.words import reasons, why_not
 from partita.sharding.batch import BatchLayouts, layouts
@@ -155,11 +167,18 @@ class Planner:
         ranked = ranked or [*filter(None, [self._attempt(self._alone())])]
         ranked, words = self._widened(found, ranked)
         ranked = ranked or [*filter(None, [self._attempt([*self._teams()])])]
+        if not as_found and ranked and found is not None and not isinstance(found.outcome, Infeasible):
+            gap = max(0.0, (1.0 + gap) * ranked[0].candidate.seconds / found.outcome.best.seconds - 1.0)
+        free = task.shared_seconds
+        if found is not None and not isinstance(found.outcome, Infeasible):
+            free = max(free, found.outcome.best.seconds / (1.0 + found.gap))
+        held = bool(ranked)
+        ranked, said, left = self._lent(free, ranked)
         if not ranked:
             raise self._why_not(found)
-        if not as_found and found is not None and not isinstance(found.outcome, Infeasible):
-            gap = max(0.0, (1.0 + gap) * ranked[0].candidate.seconds / found.outcome.best.seconds - 1.0)
         best = ranked[0]
+        if best.lends:
+            gap = max(0.0, best.candidate.seconds / free - 1.0) if held else left
         proven = found is not None and isinstance(found.outcome, Optimal) and gap == 0.0 and best.built is found.built
         plan = finished(task, best)
         plan = replace(
@@ -167,7 +186,7 @@ class Planner:
             status="optimal" if proven else "feasible",
             gap=gap,
             predicted=Predicted(best.seconds, best.bottleneck, best.memory, task.one_device_seconds),
-            reasons=(*reasons(task, ranked, gap, words), *plan.reasons),
+            reasons=(*reasons(task, ranked, gap, [line for line in (words, said) if line]), *plan.reasons),
         )
         return explain_later(plan, lambda: later_reasons(self, best.built, best.candidate, best.seconds, gap))
 
@@ -194,9 +213,38 @@ class Planner:
         more, _ = rank(task, wide.found[:WIDE_PLANS])
         return best_first([*ranked, *more]), self._said(wide, more, ranked)
 
+    def _lent(self, free: float, ranked: list[Ranked]) -> tuple[list[Ranked], str, float]:
+        """With plans that keep parameters in host memory, where nothing else fits or they may win; what came of it in
+        words, and how much faster the best possible may be than the first of them. ``free``: no plan is faster."""
+        if not self._lends:
+            return ranked, "", 0.0
+        hand = WORTH * min((r.candidate.seconds for r in ranked), default=float("inf"))
+        if hand <= free:
+            return ranked, "", 0.0
+        listed, gap = lending(self.task, hand)
+        more, _ = rank(self.task, listed[:WIDE_PLANS])
+        if not ranked:
+            more = more or [*filter(None, [self._attempt([self.task.lending()], lends=True)])]
+            if listed and more:
+                gap = max(0.0, (1.0 + gap) * more[0].candidate.seconds / listed[0][1].seconds - 1.0)
+            return more, "nothing fits with all parameters on the devices" if more else "", gap
+        what = "plans with parameters in host memory were searched too"
+        best = next((r for r in more if r.lends), None)
+        if best is None:
+            return (
+                best_first([*ranked, *more]),
+                f"{what}: with the optimizer's time there none takes {WORTH:.0%} of the time",
+                0.0,
+            )
+        taken, left = format_seconds(best.seconds + best.update), format_seconds(ranked[0].seconds)
+        ending = f"the best takes {taken} a step with the optimizer's time there, the best without {left}"
+        return best_first([*ranked, *more]), f"{what}: {ending}", gap
+
     @property
     def can_widen(self) -> bool:
         """Whether there may be teams, or ZeRO."""
+        if self.constraints.lent:
+            return False
         teams = len(self.cluster.devices) > 1 and self.constraints.tensor != 1
         return teams or (self.processes and self.train and self.constraints.zero < 0)
 
@@ -220,7 +268,8 @@ class Planner:
             built = found.built
             simulated = "every plan found exceeds a device's memory when simulated"
             reason = found.outcome.reason if isinstance(found.outcome, Infeasible) else simulated
-        return why_not(self.task, self, built.problem, reason)
+        problem = self.task.lending().problem if self._lends else built.problem
+        return why_not(self.task, self, problem, reason)
 
     # -- what explanations ask -------------------------------------------------------------------------------------
 
@@ -234,6 +283,10 @@ class Planner:
     def elsewhere(self, cluster: Cluster) -> Plan:
         """The plan of the same request for another cluster."""
         return self.again(cluster=cluster).plan()
+
+    def all_on_devices(self) -> Ranked | None:
+        """The best plan that keeps no parameters in host memory; None where there is none."""
+        return self.again(constraints=replace(self.constraints, offload_parameters=False)).attempt()
 
     def otherwise(self, divided: bool) -> Ranked | None:
         """The best plan that divides ops, or that does not; None where there is none."""
@@ -256,7 +309,16 @@ class Planner:
 
     def feasible(self) -> bool:
         """Whether the closed form knows a plan that fits."""
-        return self.task.may_fit and any(fitting(self.task, built) for built in self._quick())
+        if not self.task.may_fit:
+            return False
+        whole = bool(self.task.resolved.lent) or self.task.holds_all
+        if whole and any(fitting(self.task, built) for built in self._quick()):
+            return True
+        return self._lends and fitting(self.task, self.task.lending(), lends=True)
+
+    @property
+    def _lends(self) -> bool:
+        return self.task.may_lend and not self.only_divided
 
     def attempt(self) -> Ranked | None:
         """A plan as simulated, or None; for a large graph the best one of whole modules.
@@ -265,12 +327,13 @@ class Planner:
         """
         if not self.task.may_fit:
             return None
-        return self._attempt(self._alone()) or self._attempt([*self._teams()])
+        found = self._attempt(self._alone()) or self._attempt([*self._teams()])
+        return found or (self._attempt([self.task.lending()], lends=True) if self._lends else None)
 
-    def _attempt(self, parts: list[Built]) -> Ranked | None:
+    def _attempt(self, parts: list[Built], *, lends: bool = False) -> Ranked | None:
         room, fits_in = 1.0, 0.0
         for _ in range(ATTEMPTS):
-            answers = [(built, *closed(self.task, built, room)) for built in parts]
+            answers = [(built, *closed(self.task, built, room, lends=lends)) for built in parts]
             fitting = [(b, p, o.best) for b, p, o in answers if not isinstance(o, Infeasible)]
             fitting.sort(key=lambda answer: answer[2].seconds)
             found: list[Ranked] = []

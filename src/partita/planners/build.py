@@ -11,7 +11,7 @@ from partita.apart import largest_unit
 from partita.cluster import Cluster, Device
 from partita.cost.affine import Affine
 from partita.cost.blocks import Block
-from partita.cost.memory import optimizer_factor, shares_memory
+from partita.cost.memory import host_update, optimizer_factor, shares_memory
 from partita.cost.table import CostTable
 from partita.graph import Graph
 from partita.planners.constraints import Constraints, Resolved
@@ -27,6 +27,7 @@ from partita.planners.sums import (
     given,
     given_weights,
     leaving,
+    lendable,
     owed,
     owners,
     phases,
@@ -55,7 +56,8 @@ class Counted:
     """What blocks of a graph are, whatever the devices and the batch: bytes as (blocks, 2), fixed and per sample.
 
     ``split``: saved by what runs on cut batches; ``once``: by what runs on the joined one; ``gone``: of both, what
-    leaves the device where the block is offloaded. ``may``, ``leaves``: blocks that may be recomputed, or offloaded.
+    leaves the device where the block is offloaded. ``may``, ``leaves``, ``lends``: blocks that may be recomputed,
+    offloaded, or have their parameters (``lendable``) in host memory.
     ``handed``, ``rows``: as
     ``sums.given`` has them.
     """
@@ -75,6 +77,8 @@ class Counted:
     rows: Array
     may: tuple[int, ...]
     leaves: tuple[int, ...]
+    lendable: Array
+    lends: tuple[int, ...]
     edges: tuple[Edge, ...]
     weights: tuple[Weights, ...]
 
@@ -94,9 +98,12 @@ def count(graph: Graph, layouts: Layouts, table: CostTable, parts: Sequence[Bloc
     may = tuple(
         b for b in range(n) if names_of[b] and repeatable(graph, parts[b], before) and not whole[parts[b].start]
     )
+    users = users_of(graph, owner)
+    parameters, alone = lendable(graph, users, owner, n, before)
+    lends = tuple(b for b in range(n) if names_of[b] and alone[b] and not whole[parts[b].start])
     return Counted(
         owner, whole, before, names_of, owed(graph, owner, n), saved, kept, transient, split, once, gone, handed, rows,
-        may, leaves, edges(graph, owner, before), weights(graph, users_of(graph, owner)),
+        may, leaves, parameters, lends, edges(graph, owner, before), weights(graph, users),
     )  # fmt: skip
 
 
@@ -114,10 +121,12 @@ def build(
     resolved: Resolved,
     sync: bool = False,
     processes: bool = False,
+    lends: bool = False,
     counted: Counted | None = None,
 ) -> Built:
     """Sums over blocks of what ``table`` says of ops. ``processes``: devices are processes of their own and share no
-    parameters. ``counted``: what ``count`` says of these parts, where it is known.
+    parameters. ``lends``: parameters may live in host memory. ``counted``: what ``count`` says of these parts, where it
+    is known.
     """
     c = counted or count(graph, layouts, table, parts)
     owner, n, late = c.owner, len(parts), c.late
@@ -147,7 +156,10 @@ def build(
     )  # fmt: skip
     names = {name for name, _ in resolved.recompute}
     forced = sorted({int(owner[i]) for _, ops in resolved.recompute for i in ops})
-    hosted = sorted({int(owner[i]) for _, ops in resolved.offload for i in ops})
+    hosted, lent = (
+        sorted({int(owner[i]) for _, ops in named for i in ops}) for named in (resolved.offload, resolved.lent)
+    )
+    hosts = [pool.host > 0 for pool in pools]
     starts = {block.start: b for b, block in enumerate(parts)}
     link = _worst_link(cluster)
     bandwidth = min((d.memory_bandwidth for d in cluster.devices), default=1e10)
@@ -177,8 +189,12 @@ def build(
         pools_of=_places(pools, owner, resolved),
         recompute=tuple(forced) if names else (),
         may_recompute=c.may if train else (),
-        offload=tuple(hosted) if train and all(pool.host for pool in pools) else (),
-        may_offload=c.leaves if train and any(pool.host for pool in pools) else (),
+        offload=tuple(hosted) if train and all(hosts) else (),
+        may_offload=tuple(b for b in c.leaves if b not in lent) if train and any(hosts) else (),
+        lend=tuple(lent) if all(hosts) else (),
+        may_lend=tuple(b for b in c.lends if b not in {*forced, *hosted, *lent}) if lends and any(hosts) else (),
+        lendable=c.lendable,
+        update=host_update(optimizer) if train else 0.0,
         max_stages=constraints.max_stages,
         num_stages=constraints.stages,
         num_replicas=constraints.num_replicas,

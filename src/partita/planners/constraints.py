@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -20,13 +20,17 @@ from partita.graph import Graph, Op
 from partita.plan import Plan, Stage
 from partita.schedules import NAMES
 
+Named = tuple[tuple[str, tuple[int, ...]], ...]
+"""(name, its ops)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
     """``keep_together``: each entry's modules in one stage (a lone glob: each module it names on its own).
 
     ``split_before``: a stage begins there. ``place``: (glob, device). ``recompute``: activations dropped and made
-    again. ``offload``: activations that wait in host memory. ``max_stages``, ``stages`` (exactly so many),
+    again. ``offload``: activations that wait in host memory. ``offload_parameters``: whose parameters live there, or
+    False: nobody's (True leaves it open). ``max_stages``, ``stages`` (exactly so many),
     ``microbatches``: 0 leaves them open. ``schedule``: empty leaves it open. ``replicas``: devices of each stage; True
     leaves them open, False or 1 is one device a stage.
     ``tensor``: devices that divide each single op between them; they count as one device for all else. 1 is no
@@ -43,6 +47,7 @@ class Constraints:
     place: tuple[tuple[str, str], ...] = ()
     recompute: tuple[str, ...] = ()
     offload: tuple[str, ...] = ()
+    offload_parameters: tuple[str, ...] | bool = True
     max_stages: int = 0
     stages: int = 0
     microbatches: int = 0
@@ -59,6 +64,11 @@ class Constraints:
     def num_replicas(self) -> int:
         """Devices of every stage; 0 where that is open."""
         return 0 if self.replicas is True else max(int(self.replicas), 1)
+
+    @property
+    def lent(self) -> tuple[str, ...]:
+        """Globs of what has its parameters in host memory."""
+        return () if isinstance(self.offload_parameters, bool) else self.offload_parameters
 
     @property
     def for_clusters(self) -> tuple[str, ...]:
@@ -145,6 +155,10 @@ def _pairs(value: Any) -> tuple[tuple[str, str], ...]:
     return tuple((str(name), str(device)) for name, device in pairs)
 
 
+def _lent(value: Any) -> tuple[str, ...] | bool:
+    return value if isinstance(value, bool) else _names(value) or True
+
+
 def _count(value: Any) -> int:
     count = int(value)
     if count < 0 or isinstance(value, bool) or count != float(value):
@@ -189,9 +203,9 @@ FOR_CLUSTERS = ("sequence", "stages_per_device")
 _PLACEMENT = re.compile(r"Shard\(\d+\)|Replicate(\(\))?")
 READERS: Mapping[str, Callable[[Any], Any]] = {
     "keep_together": _groups, "split_before": _names, "place": _pairs, "recompute": _names, "offload": _names,
-    "max_stages": _count, "stages": _count, "microbatches": _count, "schedule": _schedule, "replicas": _degree,
-    "tensor": _count, "shard": _placements, "zero": _level, "tp_within_node": _switch, "sequence": _switch,
-    "stages_per_device": _count,
+    "offload_parameters": _lent, "max_stages": _count, "stages": _count, "microbatches": _count,
+    "schedule": _schedule, "replicas": _degree, "tensor": _count, "shard": _placements, "zero": _level,
+    "tp_within_node": _switch, "sequence": _switch, "stages_per_device": _count,
 }  # fmt: skip
 """How each constraint is read from plain data: strings, numbers, lists, mappings."""
 
@@ -262,6 +276,8 @@ def resolve(graph: Graph, cluster: Cluster, constraints: Constraints) -> Resolve
         twice = next((other for other, theirs in again if not set(ops).isdisjoint(theirs)), None)
         if twice is not None:
             problems.append(f"recompute {twice!r} and offload {name!r} contradict: keep each part under one of them")
+    lent = tuple((n, ops) for glob in constraints.lent for n, ops in ops_of(glob, "offload_parameters").items())
+    problems += _lent_problems(graph, lent, again, away)
     for name, start in starts:
         for group, ops in groups:
             if min(ops) < start <= max(ops):
@@ -283,7 +299,29 @@ def resolve(graph: Graph, cluster: Cluster, constraints: Constraints) -> Resolve
         problems.append(f"place uses {used} devices, each a stage of its own, but {most} stages are allowed")
     if problems:
         raise PlanError("the constraints cannot be met", tuple(dict.fromkeys(problems)))
-    return Resolved(tuple(groups), tuple(starts), tuple((i, d) for i, (_, d) in sorted(place.items())), again, away)
+    return Resolved(
+        tuple(groups), tuple(starts), tuple((i, d) for i, (_, d) in sorted(place.items())), again, away, lent
+    )
+
+
+def _lent_problems(graph: Graph, lent: Named, again: Named, away: Named) -> Iterator[str]:
+    """What is wrong with parameters asked to live in host memory."""
+    inside = {i for _, ops in lent for i in ops}
+    held: dict[str, str] = {}
+    for name, ops in lent:
+        for word, others in (("recompute", again), ("offload", away)):
+            for other, theirs in others:
+                if not set(ops).isdisjoint(theirs) and (word == "recompute" or other != name):
+                    both = f"{word} {other!r} and offload_parameters {name!r}"
+                    yield f"{both} contradict: keep each part under one of them"
+        held |= {n: name for i in ops for n in graph.ops[i].uses() if graph.tensor(n).role == "parameter"}
+    for i, op in enumerate(graph.ops):
+        for used in op.uses() if held and i not in inside else ():
+            if used in held:
+                yield (
+                    f"offload_parameters {held[used]!r}: {graph.tensor(used).path or used} is used by {op.name} too; "
+                    "name that as well, or neither"
+                )
 
 
 def _most_stages(constraints: Constraints, devices: int) -> int:
@@ -335,6 +373,11 @@ def _divisions(graph: Graph, cluster: Cluster, constraints: Constraints) -> list
     most = max(Counter(d.node for d in cluster.devices).values(), default=0)
     if constraints.tp_within_node and constraints.tensor > most:
         lines.append(f"tensor {constraints.tensor} and tp_within_node contradict: a node has {most} devices")
+    if constraints.lent and (constraints.zero > 0 or constraints.tensor > 1):
+        what = f"zero {constraints.zero}" if constraints.zero > 0 else f"tensor {constraints.tensor}"
+        lines.append(
+            f"{what} and offload_parameters contradict: a device would hold parts of both; drop one of the two"
+        )
     if constraints.zero > 0 and constraints.num_replicas == 1:
         lines.append(f"zero {constraints.zero} and replicas 1 contradict: it shards over replicas; drop one of the two")
     return lines
@@ -343,10 +386,11 @@ def _divisions(graph: Graph, cluster: Cluster, constraints: Constraints) -> list
 @dataclass(frozen=True, slots=True)
 class Resolved:
     """Constraints in op indices: (name, ops) groups, (name, first op) starts, (op, device) places, (name, ops) to
-    recompute, to offload."""
+    recompute, to offload, whose parameters live in host memory."""
 
-    together: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    together: Named = ()
     starts: tuple[tuple[str, int], ...] = ()
     place: tuple[tuple[int, str], ...] = ()
-    recompute: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    offload: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    recompute: Named = ()
+    offload: Named = ()
+    lent: Named = ()

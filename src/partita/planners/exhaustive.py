@@ -44,21 +44,23 @@ def _chains(
                     continue
                 left = (*free[:pool], count - replicas, *free[pool + 1 :])
                 for rest in _chains(problem, downs, stop, end, left, m):
-                    for again, away in _subsets(problem, blocks, pool):
-                        yield (StageChoice(blocks, pool, replicas, again, away), *rest)
+                    for ways in _subsets(problem, blocks, pool):
+                        yield (StageChoice(blocks, pool, replicas, *ways), *rest)
 
 
-def _subsets(problem: Problem, blocks: tuple[int, ...], pool: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(blocks to recompute, blocks to offload): every way."""
-    fixed = {*problem.recompute, *problem.offload}
-    open_ = [b for b in blocks if b not in fixed] if problem.train else []
-    hosted = problem.may_offload if problem.pools[pool].host else ()
-    ways = [("", *("r" * (b in problem.may_recompute)), *("o" * (b in hosted))) for b in open_]
+def _subsets(problem: Problem, blocks: tuple[int, ...], pool: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """(blocks to recompute, to offload, to lend the parameters of): every way."""
+    fixed = {*problem.recompute, *problem.offload, *problem.lend}
+    open_ = [b for b in blocks if b not in fixed]
+    again = problem.may_recompute if problem.train else ()
+    hosted = problem.may_offload if problem.train and problem.pools[pool].host else ()
+    lent = problem.may_lend if problem.lends(pool) else ()
+    ways = [
+        ("", *["r"] * (b in again), *["o"] * (b in hosted), *["p"] * (b in lent), *["op"] * (b in hosted and b in lent))
+        for b in open_
+    ]
     for chosen in product(*ways):
-        yield (
-            tuple(b for b, way in zip(open_, chosen, strict=True) if way == "r"),
-            tuple(b for b, way in zip(open_, chosen, strict=True) if way == "o"),
-        )
+        yield tuple(tuple(b for b, way in zip(open_, chosen, strict=True) if word in way) for word in "rop")
 
 
 def exhaustive(problem: Problem, *, anywhere: bool = False) -> Outcome:

@@ -19,10 +19,14 @@ from partita.planners.objective import (
     allowed_stage,
     candidate_bytes,
     candidate_seconds,
+    copying,
+    lent_blocks,
+    lent_bytes,
     received_bytes,
     stage_bytes,
     stage_time,
     static_bytes,
+    updating,
     weight_bytes,
 )
 from partita.planners.problem import Candidate, Problem, StageChoice
@@ -49,6 +53,8 @@ def describe(problem: Problem, candidate: Candidate) -> str:
     tail = f", {again} parts recomputed" if again else ""
     away = sum(len(s.offload) for s in stages)
     tail += f", {away} parts offloaded" if away else ""
+    lent = sum(len(s.lend) for s in stages)
+    tail += f", parameters of {lent} parts in host memory" if lent else ""
     teams = [problem.pools[s.pool].members for s in stages]
     if max(teams) > 1:
         tail += f", ops divided by {'+'.join(map(str, dict.fromkeys(teams)))}"
@@ -118,6 +124,7 @@ def _without(stage: StageChoice, block: int) -> StageChoice:
         blocks=tuple(b for b in stage.blocks if b != block),
         recompute=tuple(b for b in stage.recompute if b != block),
         offload=tuple(b for b in stage.offload if b != block),
+        lend=tuple(b for b in stage.lend if b != block),
     )
 
 
@@ -144,6 +151,9 @@ def binding_reasons(built: Built, candidate: Candidate, optimizer: str) -> tuple
     stage = candidate.stages[full]
     team = problem.on(stage.pool)
     total, trained = weight_bytes(team, stage.blocks)
+    if lent := list(lent_blocks(team, stage)):
+        away, away_trained = problem.lendable[lent].sum(axis=0)
+        total, trained = total - float(away), trained - float(away_trained)
     shared, mine = problem.pools[stage.pool].shared, -(-candidate.microbatches // stage.replicas)
     static = static_bytes(team, total, trained, stage.replicas, shared, mine)
     given = given_bytes(team, stage.blocks)
@@ -175,7 +185,7 @@ def offload_reasons(built: Built, candidate: Candidate) -> tuple[str, ...]:
         runs = -(-m // stage.replicas)
         freed = max(freed, moved)
         copies += 2.0 * runs * moved * pool.host
-        waits += runs * float(times.waits(n, stage.pool, pool.host)[blocks].sum())
+        waits += runs * float(times.waits(n, stage.pool, times.gone_at(n) * pool.host)[blocks].sum())
         forward = times.forward[stage.pool][blocks]
         again += runs * float(forward[:, 0].sum() + forward[:, 1].sum() * n)
     return (
@@ -183,6 +193,36 @@ def offload_reasons(built: Built, candidate: Candidate) -> tuple[str, ...]:
         f"device a microbatch; their copies take {format_seconds(copies)} a step in all, of which computing hides all "
         f"but {format_seconds(waits)} (making them again instead: {format_seconds(again)})",
     )
+
+
+def lent_reasons(built: Built, candidate: Candidate, optimizer: str) -> tuple[str, ...]:
+    """What lives in host memory: how much that frees, what the copies take, and the optimizer there."""
+    problem, m = built.problem, candidate.microbatches
+    count = sum(len(lent_blocks(problem, s)) for s in candidate.stages if s.pool >= 0)
+    if not count:
+        return ()
+    freed = copies = waits = update = 0.0
+    for stage in candidate.stages:
+        runs, lent = -(-m // stage.replicas), list(lent_blocks(problem, stage))
+        size, trained = problem.lendable[lent].sum(axis=0)
+        freed = max(freed, -lent_bytes(problem, stage))
+        both = 2.0 * size + trained if problem.train else size
+        copies += runs * float(both) * problem.pools[stage.pool].host
+        only = replace(stage, offload=())
+        waits += runs * copying(replace(problem, offload=()), only, m)
+        update += updating(problem, stage)
+    what = f"parameters of {count} parts live in host memory"
+    what += f", with their gradients and {optimizer} state" if problem.train else ""
+    lines = [
+        f"{what}: that frees up to {format_bytes(freed)} of a device; copies take {format_seconds(copies)} a step in "
+        f"all, of which computing hides all but {format_seconds(waits)}"
+    ]
+    if problem.train:
+        lines.append(
+            f"an optimizer step over them runs on the host and takes about {format_seconds(update)} there, which is no "
+            "part of the step predicted here (offload_parameters: false forbids it)"
+        )
+    return tuple(lines)
 
 
 def other_reasons(
@@ -209,7 +249,7 @@ def shortage(problem: Problem) -> str:
     static = total + ((1.0 + problem.optimizer_factor) * trained if problem.train else 0.0)
     room = sum(p.memory_bytes * len(p.devices) for p in problem.pools)
     what = "parameters, gradients and optimizer state" if problem.train else "parameters"
-    if static > room:
+    if static > room and not problem.may_lend and not problem.lend:
         return f"{what} alone take {format_bytes(static)}, and the devices may hold {format_bytes(room)} together"
     largest = max(p.memory_bytes for p in problem.pools)
     alone = [
@@ -245,7 +285,8 @@ class Priced(Protocol):
 class Planner(Protocol):
     """What ``later_reasons`` asks: prices of candidates, and plans for other clusters.
 
-    ``otherwise``: the best plan that divides ops between devices (True) or that does not.
+    ``otherwise``: the best plan that divides ops between devices (True) or that does not; ``all_on_devices``: that
+    keeps no parameters in host memory.
     """
 
     @property
@@ -262,11 +303,14 @@ class Planner(Protocol):
 
     def otherwise(self, divided: bool) -> Priced | None: ...
 
+    def all_on_devices(self) -> Priced | None: ...
+
 
 def later_reasons(planner: Planner, built: Built, candidate: Candidate, seconds: float, gap: float) -> tuple[str, ...]:
     """Reasons that are simulated or planned anew: a neighbour's seconds are those ``predict`` gives for it."""
     lines = [*_neighbours(planner, built, candidate, seconds), *_pace(planner, built, candidate, seconds)]
     lines += [*_whole_or_divided(planner, built, candidate, seconds), *_state(planner, built, candidate, seconds)]
+    lines += _all_on_devices(planner, candidate, seconds)
     cluster = planner.cluster
     more = replace(cluster, devices=tuple(replace(d, memory_bytes=d.memory_bytes + GIB) for d in cluster.devices))
     links = tuple(replace(k, bandwidth=2.0 * k.bandwidth) for k in cluster.links)
@@ -305,6 +349,16 @@ def _whole_or_divided(planner: Planner, built: Built, candidate: Candidate, now:
     tail = f", {format_bytes(short)} too much for {device}" if device else ""
     change = f"{format_seconds(found.seconds)} a step ({found.seconds / now - 1:+.1%})"
     return [f"{what} the best plan ({shape}) takes {change}{tail}"]
+
+
+def _all_on_devices(planner: Planner, candidate: Candidate, now: float) -> list[str]:
+    """The best plan without parameters in host memory, where this one has some."""
+    if not any(s.lend for s in candidate.stages):
+        return []
+    found = planner.all_on_devices()
+    if found is None:
+        return ["no plan fits with all parameters on the devices"]
+    return [f"with all parameters on the devices the best plan takes {_change(found.seconds, now)}"]
 
 
 def _state(planner: Planner, built: Built, candidate: Candidate, now: float) -> list[str]:

@@ -15,10 +15,8 @@ from partita.cost.memory import Alive, alive
 from partita.planners.cover import EXACT_BLOCKS, Thresholds, spare
 from partita.planners.objective import is_joined, static_bytes, tail_seconds
 from partita.planners.problem import Array, Problem
+from partita.planners.relief import PLAIN, How, hows
 from partita.planners.spans import Bools, Indices, Sized, Spans
-
-Way = tuple[Array, Array]
-"""Of each block, seconds and bytes of making it hold less."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +61,8 @@ class Move:
 @dataclass(frozen=True, slots=True, eq=False)
 class Base:
     """The spans (``index``) that may be a stage of ``replicas`` devices of ``pool`` somewhere, whatever the others are:
-    seconds without recomputation, and bytes: what stays (``static``), what each microbatch holds and owes.
+    seconds without recomputation, and bytes: what stays (``static``), what each microbatch holds and owes. ``lent``,
+    ``lent_largest``: copies of parameters that must be lent; ``lent_gains``: of all that may be besides.
     """
 
     pool: int
@@ -82,36 +81,43 @@ class Base:
     sent_away: Bools
     away_gains: Array
     both_gains: Array
+    lent: Array
+    lent_largest: Array
+    lent_gains: Array
 
     def kept(self, which: Bools) -> Base:
         if which.all():
             return self
         return Base(
-            self.pool, self.replicas, self.index[which], Some.of(self.spans.first[which], self.spans.last[which]),
-            self.fill[which], self.steady[which], self.static[which], self.held[which], self.owed[which],
-            self.largest[which], self.forced[which], self.gains[which], self.buffers[which], self.sent_away[which],
-            self.away_gains[which], self.both_gains[which],
+            self.pool, self.replicas, self.index[which],
+            Some.of(self.spans.first[which], self.spans.last[which]), self.fill[which], self.steady[which],
+            self.static[which], self.held[which], self.owed[which], self.largest[which], self.forced[which],
+            self.gains[which], self.buffers[which], self.sent_away[which], self.away_gains[which],
+            self.both_gains[which], self.lent[which], self.lent_largest[which], self.lent_gains[which],
         )  # fmt: skip
 
-    def need(self, living: Alive, *, again: bool = False, away: bool = False) -> Array:
-        """Bytes with what is forced; where something is recomputed (``again``) or offloaded (``away``) besides, what
-        that gains not taken off."""
-        plain: Array = self.static + living.peak(self.held, self.owed)
-        recomputes, offloads = self.forced | again, self.sent_away | away
+    def need(self, living: Alive, how: How = PLAIN) -> Array:
+        """Bytes with what is forced; where blocks hold less in some way (``how``) besides, what that gains not taken
+        off."""
+        static = self.static
+        if how.level or self.lent.any():
+            static = static + how.copies(self.lent, self.lent_largest)
+        plain: Array = static + living.peak(self.held, self.owed)
+        recomputes, offloads = self.forced | how.again, self.sent_away | how.away
         if not (recomputes.any() or offloads.any()):
             return plain
-        with_either = self.static + living.peak(self.held, self.owed, again=True)
+        with_either = static + living.peak(self.held, self.owed, again=True)
         with_either = with_either + np.where(recomputes, self.largest, 0.0) + np.where(offloads, self.buffers, 0.0)
         return np.where(recomputes | offloads, with_either, plain)
 
     def least(self, living: Alive, *, hosted: bool) -> Array:
-        """Bytes that no choice of what is recomputed and offloaded goes below."""
+        """Bytes that no choice of what is recomputed, offloaded and lent goes below."""
         before = living.before
-        found = np.minimum(self.need(living), self.need(living, again=True) - self.gains * before)
+        found = np.minimum(self.need(living), self.need(living, How(again=True)) - self.gains * before)
         if hosted:
-            found = np.minimum(found, self.need(living, away=True) - self.away_gains * before)
-            found = np.minimum(found, self.need(living, again=True, away=True) - self.both_gains * before)
-        return found
+            found = np.minimum(found, self.need(living, How(away=True)) - self.away_gains * before)
+            found = np.minimum(found, self.need(living, How(again=True, away=True)) - self.both_gains * before)
+        return found - self.lent_gains
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,10 +179,10 @@ class Moves:
         self.exact = True
         self.known: dict[tuple[int, int, int], Move] = {}
         self.bases: dict[tuple[int, int], Base] = {}
-        self.cheapest: dict[tuple[int, int, bool], tuple[Thresholds, ...]] = {}
+        self.cheapest: dict[tuple[int, How, int, int], tuple[Thresholds, ...]] = {}
 
     def move(self, pool: int, replicas: int, reach: int) -> Move:
-        limited = self.problem.pools[pool].memory_bytes < np.inf and self.problem.train
+        limited = self.problem.pools[pool].memory_bytes < np.inf
         key = (pool, replicas, reach)
         if key not in self.known:
             base = self._base(pool, replicas)
@@ -193,20 +199,22 @@ class Moves:
         if key not in self.bases:
             problem, limit = self.problem, self.problem.pools[pool].memory_bytes
             s, at = self.of[pool]
-            ok = s.allowed[pool]
-            if not problem.train:
-                ok = ok & (s.weight_bytes + at.received + at.transient <= limit)
             fill, steady = self._seconds(pool, replicas)
-            ok = ok & (self.least.with_span(s, fill + steady) < self.ceiling)
+            ok = s.allowed[pool] & (self.least.with_span(s, fill + steady) < self.ceiling)
             mine = -(-self.m // replicas)
             static = static_bytes(problem, s.weight_bytes, s.trained_bytes, replicas, problem.pools[pool].shared, mine)
-            static = static + at.whole_saved + at.received + at.transient
+            static = static + at.whole_saved * problem.train + at.received + at.transient
+            held, owed = ((row + at.received) * problem.train for row in (at.held, at.owed))
+            lends, none = at.lent.pools[pool], np.zeros(len(fill))
+            if lends:
+                static = static - at.lent.gained
             base = Base(
                 pool, replicas, np.arange(len(fill)), Some.of(s.first, s.last), fill, steady, static,
-                at.held + at.received, at.owed + at.received, at.largest_saved, at.forced, at.gains,
-                2.0 * at.largest_gone, at.sent_away, *self._away(pool),
+                held, owed, at.largest_saved, at.forced, at.gains, 2.0 * at.largest_gone, at.sent_away,
+                *self._away(pool), at.lent.total if lends else none, at.lent.largest if lends else none,
+                s.total(at.lent.gains) if lends else none,
             ).kept(ok)  # fmt: skip
-            if limit < np.inf and problem.train:
+            if limit < np.inf:
                 ends = [self.alive(replicas, reach) for reach in (replicas, problem.num_devices)]
                 need = [base.least(end, hosted=self._hosted(pool)) for end in ends]
                 base = base.kept(np.minimum(*need) <= limit)
@@ -245,7 +253,10 @@ class Moves:
         seconds, transfer, whole = at.pools[pool], at.transfer[index], at.pools[pool].whole[index]
         tail = tail_seconds(problem, s.trained_bytes[index], replicas, problem.pools[pool].shared, mine)
         forward = seconds.forward[index]
+        if problem.lend and at.lent.pools[pool]:
+            extra = extra + at.lent.updates[index] / mine
         if not problem.train:
+            forward = forward + extra
             return forward + transfer + whole, (mine - 1) * np.maximum(forward, transfer) + tail
         rest = forward + seconds.backward[index] + extra
         busy = rest + seconds.weight[index]
@@ -271,63 +282,55 @@ class Moves:
         return s.total(away), s.total(np.maximum(away, at.again_bytes))
 
     def _spare(self, base: Base, short: Indices, living: Alive, limit: float) -> Array:
-        """Least extra seconds so that each of the spans ``short`` of ``base`` stays within ``limit``: by recomputing,
-        by offloading, or by both."""
-        at = self.of[base.pool][1]
-        again, away = (
-            (at.again_seconds[base.pool], at.again_bytes),
-            (at.away_seconds[base.pool], at.away_bytes[base.pool]),
-        )
-        wanted = base.need(living, again=True)[short] - limit
-        extra = self._least(base, short, wanted, (again,), base.gains, living.before)
-        if self._hosted(base.pool):
-            for ways, twice, gains in (((away,), False, base.away_gains), ((again, away), True, base.both_gains)):
-                wanted = base.need(living, again=twice, away=True)[short] - limit
-                extra = np.minimum(extra, self._least(base, short, wanted, ways, gains, living.before, away=True))
+        """Least extra seconds so that each of the spans ``short`` of ``base`` stays within ``limit``, in any way."""
+        extra = np.full(len(short), np.inf)
+        open_, every = hows(self.problem, self.of[base.pool][1], base.pool)
+        self.exact = self.exact and every
+        for how in open_:
+            wanted = base.need(living, how)[short] - limit
+            extra = np.minimum(extra, self._least(base, short, wanted, how, living.before))
         return extra
 
-    def _least(
-        self, base: Base, short: Indices, wanted: Array, ways: tuple[Way, ...], most: Array, before: int,
-        *, away: bool = False,
-    ) -> Array:  # fmt: skip
-        """Least extra seconds in these ways (seconds, bytes of each block) so that each of the spans holds as much less
-        as ``wanted``. ``most``: what a microbatch can hold less; ``before``: how many there are."""
-        s = self.of[base.pool][0]
+    def _least(self, base: Base, short: Indices, wanted: Array, how: How, before: int) -> Array:
+        """Least extra seconds so that each of the spans holds as much less as ``wanted``. ``before``: microbatches held
+        at once."""
+        s, at = self.of[base.pool]
+        mine = -(-self.m // base.replicas)
+        ways = how.ways(at, base.pool, mine, before)
         extra = np.full(wanted.shape, np.inf)
         extra[wanted <= 0] = 0.0
-        where = (wanted > 0) & (most[short] * before >= wanted)
+        first, last = base.spans.first[short], base.spans.last[short]
+        reach = s.reach(np.max([gains for _, gains in ways], axis=0))
+        where = (wanted > 0) & ((reach[last] - reach[first]) * (1 + 1e-12) >= wanted)
         if not where.any():
             return extra
-        first, last = base.spans.first[short][where], base.spans.last[short][where]
+        first, last, wanted = first[where], last[where], wanted[where]
         if s.before.shape[1] > EXACT_BLOCKS and s.is_chain:
             self.exact = False
-            need = wanted[where] / before
-            extra[where] = np.minimum.reduce(
-                [t.least(first, last, need) for t in self._thresholds(base.pool, ways, away)]
-            )
+            key = base.pool, how, mine, before
+            extra[where] = np.minimum.reduce([t.least(first, last, wanted) for t in self._thresholds(key)])
             return extra
         found = []
-        for a, b, need_ in zip(first, last, wanted[where], strict=True):
+        for a, b, need_ in zip(first, last, wanted, strict=True):
             members = np.nonzero(s.before[b] & ~s.before[a])[0]
-            mine = [(list(seconds[members]), list(gains[members] * before)) for seconds, gains in ways]
-            if np.count_nonzero(np.any([np.array(gains) > 0 for _, gains in mine], axis=0)) > EXACT_BLOCKS:
+            here = [(list(seconds[members]), list(gains[members])) for seconds, gains in ways]
+            if np.count_nonzero(np.any([np.array(gains) > 0 for _, gains in here], axis=0)) > EXACT_BLOCKS:
                 self.exact = False
-            one = spare(mine, float(need_))
+            one = spare(here, float(need_))
             found.append(np.inf if one is None else one[0])
         extra[where] = found
         return extra
 
-    def _thresholds(self, pool: int, ways: tuple[Way, ...], away: bool) -> tuple[Thresholds, ...]:
+    def _thresholds(self, key: tuple[int, How, int, int]) -> tuple[Thresholds, ...]:
         """Of several ways for a block: the one that gains most a second, and the one that gains most."""
-        key = pool, len(ways), away
         if key not in self.cheapest:
-            rows = [ways[0]]
-            if len(ways) > 1:
-                seconds, gains = np.array([w[0] for w in ways]), np.array([w[1] for w in ways])
+            pool, how, mine, before = key
+            rows = list(how.ways(self.of[pool][1], pool, mine, before))
+            if len(rows) > 1:
+                seconds, gains = (np.array(part) for part in zip(*rows, strict=True))
                 ratio = np.where(gains > 0, seconds / np.where(gains > 0, gains, 1.0), np.inf)
-                rows = []
+                at, rows = np.arange(seconds.shape[1]), []
                 for pick in (ratio.argmin(axis=0), gains.argmax(axis=0)):
-                    at = np.arange(seconds.shape[1])
                     rows.append((seconds[pick, at], gains[pick, at]))
             self.cheapest[key] = tuple(Thresholds.of(*row) for row in rows)
         return self.cheapest[key]

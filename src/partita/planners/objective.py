@@ -82,25 +82,76 @@ def stage_time(problem: Problem, choice: StageChoice, microbatches: int, *, sync
     problem = problem.on(choice.pool)
     times, n = problem.times(microbatches, synced=synced), problem.samples(microbatches)
     again = set(choice.recompute) | (set(problem.recompute) & set(choice.blocks)) if problem.train else set()
-    away = offloaded(problem, choice)
-    host = problem.pools[choice.pool].host
-    waits = float(times.waits(n, choice.pool, host)[list(away)].sum()) if away else 0.0
+    mine = -(-microbatches // choice.replicas)
+    more = copying(problem, choice, microbatches, synced=synced) + updating(problem, choice) / mine
     forward = _at(times.forward[choice.pool], choice.blocks, n)
     received = received_bytes(problem, choice.blocks, n)
     _, trained = weight_bytes(problem, choice.blocks)
     return StageTime(
-        forward=forward,
+        forward=forward + (0.0 if problem.train else more),
         backward=_at(times.backward[choice.pool], choice.blocks, n)
         + _at(times.forward[choice.pool], sorted(again), n)
-        + waits,
+        + more,
         weight=_at(times.weight[choice.pool], choice.blocks, n),
-        microbatches=-(-microbatches // choice.replicas),
+        microbatches=mine,
         transfer=(problem.latency + received * problem.seconds_per_byte) if received else 0.0,
         whole=float(sum(times.whole[choice.pool, b] for b in choice.blocks)),
-        tail=tail_seconds(
-            problem, trained, choice.replicas, problem.pools[choice.pool].shared, -(-microbatches // choice.replicas)
-        ),
+        tail=tail_seconds(problem, trained, choice.replicas, problem.pools[choice.pool].shared, mine),
     )
+
+
+def copying(problem: Problem, choice: StageChoice, microbatches: int, *, synced: bool = False) -> float:
+    """Seconds for which a microbatch waits for what is copied to and from the host. ``problem``: ``on`` its pool."""
+    away, lent = list(offloaded(problem, choice)), list(lent_blocks(problem, choice))
+    if not away and not lent:
+        return 0.0
+    times, n = problem.times(microbatches, synced=synced), problem.samples(microbatches)
+    host, moved, home = problem.pools[choice.pool].host, np.zeros(problem.num_blocks), 0.0
+    if away:
+        moved[away] += times.gone_at(n)[away]
+    if lent:
+        moved[lent] += problem.lendable[lent, 0]
+        home = float(problem.lendable[lent, 1].sum()) * host if problem.train else 0.0
+    waits = times.waits(n, choice.pool, moved * host, train=problem.train)
+    return float(waits[sorted({*away, *lent})].sum()) + home
+
+
+def updating(problem: Problem, choice: StageChoice) -> float:
+    """Seconds that the optimizer takes more, once a step, as it runs on the host for what lives there."""
+    lent = list(lent_blocks(problem, choice))
+    return problem.update * float(problem.lendable[lent, 1].sum()) if lent and problem.train else 0.0
+
+
+def lent_blocks(problem: Problem, choice: StageChoice) -> tuple[int, ...]:
+    """Blocks of the stage whose parameters live in host memory."""
+    if not (choice.lend or problem.lend) or not problem.lends(choice.pool):
+        return ()
+    return tuple(sorted(set(choice.lend) | (set(problem.lend) & set(choice.blocks))))
+
+
+def lent_gains(problem: Problem) -> Array:
+    """Bytes that stay on a device for each block's parameters, their gradients and state, where these are lendable."""
+    rows = problem.lendable if len(problem.lendable) else np.zeros((problem.num_blocks, 2))
+    result: Array = rows[:, 0] + (1.0 + problem.optimizer_factor) * rows[:, 1] * problem.train
+    return result
+
+
+def lent_bytes(problem: Problem, choice: StageChoice) -> float:
+    """What a device of the stage holds more (it is less, mostly) as parameters live on the host."""
+    lent = list(lent_blocks(problem, choice))
+    if not lent:
+        return 0.0
+    sizes = problem.lendable[lent, 0]
+    copies = copies_bytes(float(sizes.sum()), float(sizes.max()))
+    return float(copies) - float(lent_gains(problem)[lent].sum())
+
+
+def copies_bytes(total: Bytes, largest: Bytes) -> Bytes:
+    """Bytes on the device of parameters that live on the host, ``total`` together and ``largest`` of one block: copies
+    for three blocks at most, the one that runs and those beside it (``cost.away.copies_alive``). A gradient on its way
+    home is ``transient``, as others are."""
+    result: Bytes = np.minimum(total, 3.0 * largest)
+    return result
 
 
 def offloaded(problem: Problem, choice: StageChoice) -> tuple[int, ...]:
@@ -125,8 +176,9 @@ def stage_bytes(
     times, n = problem.times(microbatches, synced=synced), problem.samples(microbatches)
     total, trained = weight_bytes(problem, choice.blocks)
     received = received_bytes(problem, choice.blocks, n)
+    lent = lent_bytes(problem, choice)
     if not problem.train:
-        return total + received + _largest(times.transient, choice.blocks, n)
+        return total + lent + received + _largest(times.transient, choice.blocks, n)
     mine = -(-microbatches // choice.replicas)
     static = static_bytes(problem, total, trained, choice.replicas, problem.pools[choice.pool].shared, mine)
     again = set(choice.recompute) | (set(problem.recompute) & set(choice.blocks))
@@ -147,7 +199,7 @@ def stage_bytes(
     peak += 2.0 * float(gone[list(choice.blocks)].max()) if away else 0.0
     whole = float(sum(times.whole_saved[b] for b in choice.blocks))
     activations = living.peak(held, owed, again=bool(again or away))
-    return static + activations + whole + peak + received + _largest(times.transient, choice.blocks, n)
+    return static + lent + activations + whole + peak + received + _largest(times.transient, choice.blocks, n)
 
 
 def _largest(rows: Array, blocks: Sequence[int], samples: int) -> float:

@@ -17,6 +17,7 @@ from partita.lower import lower
 from partita.manual import stage_names
 from partita.plan import Batch, Offload, Plan, Stage
 from partita.planners.build import HEADROOM, Built
+from partita.planners.objective import updating
 from partita.planners.problem import Candidate
 from partita.planners.shards import named, prices
 from partita.planners.task import Task
@@ -24,12 +25,13 @@ from partita.sharding.choose import matches
 from partita.simulate import simulate
 
 RANK_OPS = 3000  # of all candidates that are simulated: work, not time, so that a request has one answer on any machine
-WORTH = 0.95  # of the time of a plan of whole ops that one of divided ops must not exceed where both fit
+WORTH = 0.95  # of the time of a plan of whole ops, on the devices alone, that another must not exceed where both fit
 
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """A candidate as a plan, with what simulation says of it."""
+    """A candidate as a plan, with what simulation says of it. ``update``: seconds more that the optimizer, which is no
+    part of the step, takes on the host for the parameters that live there."""
 
     plan: Plan
     built: Built
@@ -38,6 +40,11 @@ class Ranked:
     memory: tuple[tuple[str, int], ...]
     bottleneck: str
     over: tuple[str, float] = ("", 0.0)
+    update: float = 0.0
+
+    @property
+    def lends(self) -> bool:
+        return any(stage.lend for stage in self.candidate.stages)
 
     @property
     def divided(self) -> bool:
@@ -81,14 +88,16 @@ def to_plan(task: Task, built: Built, candidate: Candidate, *, named: bool = Tru
         if members > 1:
             devices = tuple(d for leader in devices for d in built.teams[leader])
         again = tuple(name for b in choice.recompute for name in built.units[b])
-        asked, sent = (
+        asked, sent, hosted = (
             tuple(name for name, ops in wanted if any(stage_of[graph.ops[i].name] == s for i in ops))
-            for wanted in (task.resolved.recompute, task.resolved.offload)
+            for wanted in (task.resolved.recompute, task.resolved.offload, task.resolved.lent)
         )
-        away = tuple(name for b in choice.offload for name in built.units[b])
+        away, lent = (
+            tuple(name for b in chosen for name in built.units[b]) for chosen in (choice.offload, choice.lend)
+        )
         wishes = _wishes(task, [i for b in choice.blocks for i in built.blocks[b].ops]) if members > 1 else ()
         recompute = tuple(dict.fromkeys((*asked, *again)))
-        offload = Offload(tuple(dict.fromkeys((*sent, *away))))
+        offload = Offload(tuple(dict.fromkeys((*sent, *away))), tuple(dict.fromkeys((*hosted, *lent))))
         made.append(Stage(devices, names[s][0], names[s][1], recompute, wishes, members, offload))
     return Plan(
         stages=tuple(made),
@@ -159,7 +168,9 @@ def price(task: Task, built: Built, candidate: Candidate) -> Ranked | None:
     missing = [(d, need - HEADROOM * cluster.device(d).memory_bytes) for d, need in trace.memory]
     worst = max(missing, key=lambda pair: pair[1], default=("", 0.0))
     over = worst if worst[1] > 0 else ("", 0.0)
-    return Ranked(plan, built, candidate, trace.step_seconds or candidate.seconds, trace.memory, slowest, over)
+    update = sum(updating(built.problem, s) for s in candidate.stages if s.pool >= 0)
+    seconds = trace.step_seconds or candidate.seconds
+    return Ranked(plan, built, candidate, seconds, trace.memory, slowest, over, update)
 
 
 def rank(task: Task, listed: Iterable[tuple[Built, Candidate]]) -> tuple[list[Ranked], float]:
@@ -184,11 +195,12 @@ def rank(task: Task, listed: Iterable[tuple[Built, Candidate]]) -> tuple[list[Ra
 
 
 def best_first(ranked: Iterable[Ranked]) -> list[Ranked]:
-    """By step time (of divided ops only where that is worth it), then bytes, stages, microbatches."""
+    """By step time (of divided ops, or with parameters in host memory, only where that is worth it), then bytes,
+    stages, microbatches."""
     return sorted(
         ranked,
         key=lambda r: (
-            float(f"{r.seconds / (WORTH if r.divided else 1.0):.6g}"),
+            float(f"{(r.seconds + r.update) / (WORTH if r.divided or r.lends else 1.0):.6g}"),
             sum(n for _, n in r.memory),
             len(r.plan.stages),
             r.plan.batch.microbatches,

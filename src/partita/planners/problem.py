@@ -79,14 +79,13 @@ class Times:
         result: Array = rows[:, 0] + rows[:, 1] * samples
         return result
 
-    def waits(self, samples: int, pool: int, host: float) -> Array:
-        """Seconds for which each block's copies to the host and back hold up the computing, where the blocks beside it
-        take as long as it does. ``host``: seconds a byte."""
-        copies = self.gone_at(samples) * host
+    def waits(self, samples: int, pool: int, copies: Array, *, train: bool = True) -> Array:
+        """Seconds for which each block's ``copies`` (seconds, in forward and again in backward) hold up the computing,
+        where the blocks beside it take as long as it does."""
         forward, backward = (
             rows[pool, :, 0] + rows[pool, :, 1] * samples for rows in (self.forward, self.backward + self.weight)
         )
-        result: Array = np.maximum(copies - forward, 0.0) + np.maximum(copies - backward, 0.0)
+        result: Array = np.maximum(copies - forward, 0.0) + (np.maximum(copies - backward, 0.0) if train else 0.0)
         return result
 
 
@@ -109,7 +108,10 @@ class Problem:
 
     ``breaks``: a stage begins at these blocks. ``pools_of``: pools a block may use (absent: any). ``recompute``: blocks
     that must be; ``may_recompute``: blocks that can be. ``offload``, ``may_offload``: the same of activations that wait
-    in host memory; a block is one or the other.
+    in host memory; a block is one or the other. ``lend``, ``may_lend``: the same of parameters that live there, with
+    their gradients and state: of a block that is kept, or whose activations may be offloaded. ``lendable`` (blocks, 2):
+    bytes of the parameters that are a block's alone, and of those that train; ``update``: seconds that the optimizer
+    takes more for each trained byte that lives there.
     ``num_stages``, ``num_replicas``: exactly so many (0: open).
     ``sync``: a single stage with as many replicas as microbatches runs whole-batch ops in step: nothing is joined.
     ``shares``: of each number of ``members`` above 1 that a pool has. ``zero``: ZeRO's level, over the replicas of
@@ -139,6 +141,10 @@ class Problem:
     may_recompute: tuple[int, ...] = ()
     offload: tuple[int, ...] = ()
     may_offload: tuple[int, ...] = ()
+    lend: tuple[int, ...] = ()
+    may_lend: tuple[int, ...] = ()
+    lendable: Array = field(default_factory=lambda: np.zeros((0, 2)))
+    update: float = 0.0
     max_stages: int = 0
     num_stages: int = 0
     num_replicas: int = 0
@@ -162,6 +168,11 @@ class Problem:
     def num_devices(self) -> int:
         return sum(len(pool.devices) for pool in self.pools)
 
+    def lends(self, pool: int) -> bool:
+        """Whether parameters of stages there may live in host memory: each device has all of them, and a host."""
+        there = self.pools[pool]
+        return there.host > 0 and there.members == 1 and not self.zero
+
     def times(self, microbatches: int, *, synced: bool = False) -> Times:
         return self.single if microbatches == 1 or synced else self.split
 
@@ -172,14 +183,15 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class StageChoice:
-    """``blocks`` on ``replicas`` devices of pool ``pool``; ``recompute``, ``offload``: which of them, beyond the forced
-    ones."""
+    """``blocks`` on ``replicas`` devices of pool ``pool``; ``recompute``, ``offload`` (activations), ``lend``
+    (parameters): which of them, beyond the forced ones."""
 
     blocks: tuple[int, ...]
     pool: int
     replicas: int = 1
     recompute: tuple[int, ...] = ()
     offload: tuple[int, ...] = ()
+    lend: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

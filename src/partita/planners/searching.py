@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from partita.apart import several_nodes
-from partita.cost.memory import optimizer_factor
+from partita.cost.memory import host_update, optimizer_factor
 from partita.planners.build import HEADROOM, Built
 from partita.planners.joint import Later, joint
 from partita.planners.objective import fits
-from partita.planners.problem import Candidate, Infeasible, Optimal, Outcome, Pool, Problem, StageChoice
+from partita.planners.problem import Candidate, Feasible, Infeasible, Optimal, Outcome, Pool, Problem, StageChoice
 from partita.planners.stages import stages
 from partita.planners.task import Task, Variant
 
@@ -39,12 +39,13 @@ class Searched:
 
 def search(task: Task) -> Searched:
     """The fastest plans on single devices and their replicas."""
-    fine = task.build()
+    fine = _keeping(task.build())
     anywhere = fine.problem.num_blocks <= IDEALS_BLOCKS
     unlimited = replace(
         fine.problem,
         may_recompute=(),
         may_offload=(),
+        may_lend=(),
         pools=tuple(replace(p, memory_bytes=float("inf")) for p in fine.problem.pools),
     )
     free = stages(unlimited, anywhere=anywhere, slack=SLACK if fine.problem.num_blocks > EXACT_BLOCKS else 0.0)
@@ -54,8 +55,8 @@ def search(task: Task) -> Searched:
         others = tuple(c for c in free.others if fits(fine.problem, c))
         gap = 0.0 if isinstance(free, Optimal) else free.gap
         return Searched(fine, replace(free, others=others), gap)
-    coarse = task.coarse()
-    if not task.may_fit:
+    coarse = _keeping(task.coarse())
+    if not (task.holds_all or task.resolved.lent):
         return Searched(coarse, Infeasible("no division of the model fits the devices' memory"), 0.0)
     rough = stages(coarse.problem, anywhere=coarse.problem.num_blocks <= IDEALS_BLOCKS, slack=TIGHT_SLACK)
     near = fine.problem
@@ -77,6 +78,26 @@ def search(task: Task) -> Searched:
     built, outcome = min(pairs, key=lambda pair: pair[1].best.seconds)
     assert not isinstance(outcome, Infeasible)
     return Searched(built, outcome, max(0.0, outcome.best.seconds / free.best.seconds - 1.0))
+
+
+def _keeping(built: Built) -> Built:
+    """The same with no parameters in host memory but those that a person wants there."""
+    return replace(built, problem=replace(built.problem, may_lend=()))
+
+
+def lending(task: Task, best: float) -> tuple[list[tuple[Built, Candidate]], float]:
+    """The fastest plans of less than ``best`` seconds with parameters in host memory, the optimizer's time there
+    counted; the best possible is at most so much (a ratio) faster than the first."""
+    parts = [task.lending(), *([task.build()] if len(task.graph.ops) <= QUICK_OPS else [])]
+    found: list[tuple[Built, Candidate]] = []
+    gaps: list[tuple[float, float]] = []
+    for built in parts:
+        anywhere = built.problem.num_blocks <= IDEALS_BLOCKS
+        outcome = stages(built.problem, anywhere=anywhere, slack=TIGHT_SLACK, keep=2, best=best)
+        if not isinstance(outcome, Infeasible):
+            found += [(built, c) for c in (outcome.best, *outcome.others)]
+            gaps.append((outcome.best.seconds, outcome.gap if isinstance(outcome, Feasible) else 0.0))
+    return sorted(found, key=lambda pair: pair[1].seconds), min(gaps, default=(0.0, 0.0))[1]
 
 
 def beside(task: Task, found: Searched) -> list[Candidate]:
@@ -102,7 +123,7 @@ def _pipeline(problem: Problem, best: Candidate) -> list[Candidate]:
     if problem.num_replicas or problem.num_stages:
         return []
     counts = tuple(m for m in problem.microbatches if m > 1)[-3:]
-    alone = replace(problem, replicas=False, microbatches=counts, may_recompute=(), may_offload=())
+    alone = replace(problem, replicas=False, microbatches=counts, may_recompute=(), may_offload=(), may_lend=())
     found = stages(alone, slack=0.02, keep=1)
     return [] if isinstance(found, Infeasible) or len(found.best.stages) < 2 else [found.best]
 
@@ -118,6 +139,7 @@ def _plain(task: Task, problem: Problem) -> list[Candidate]:
         or problem.pools_of
         or problem.recompute
         or problem.offload
+        or problem.lend
     ):
         return []
     alone = Candidate((StageChoice(tuple(range(problem.num_blocks)), 0),), 1, "1f1b")
@@ -159,6 +181,7 @@ def _doubled(task: Task, problem: Problem) -> list[Candidate]:
         problem,
         pools=(Pool("dealt", tuple(map(str, range(2 * count))), float("inf")),),
         microbatches=tuple(options[-2:]), schedules=("1f1b",), replicas=False, may_recompute=(), may_offload=(),
+        may_lend=(),
     )  # fmt: skip
     found = stages(doubled, slack=0.02, keep=1)
     if isinstance(found, Infeasible) or len(found.best.stages) != 2 * count:
@@ -204,14 +227,16 @@ def widen(task: Task, best: float, *, teams: bool = False) -> Widened:
     return Widened((*mine[:1], *rest[:1], *mine[1:], *rest[1:]), len(every))
 
 
-def fitting(task: Task, built: Built) -> bool:
+def fitting(task: Task, built: Built, *, lends: bool = False) -> bool:
     """Whether any plan fits, in closed form."""
-    return not isinstance(closed(task, built, 1.0, first=True)[1], Infeasible)
+    return not isinstance(closed(task, built, 1.0, first=True, lends=lends)[1], Infeasible)
 
 
-def closed(task: Task, built: Built, room: float, *, first: bool = False) -> tuple[Problem, Outcome]:
+def closed(
+    task: Task, built: Built, room: float, *, first: bool = False, lends: bool = False
+) -> tuple[Problem, Outcome]:
     """The best plan under the schedule that holds least (``first``: any), with ``room`` of the memory; for the problem
-    it solves.
+    it solves. ``lends``: parameters may live in host memory.
     """
     limit = {d.name: d.memory_bytes for d in task.cluster.devices}
     pools = tuple(
@@ -223,6 +248,8 @@ def closed(task: Task, built: Built, room: float, *, first: bool = False) -> tup
         pools=pools,
         schedules=built.problem.schedules[:1],
         optimizer_factor=float(optimizer_factor(task.optimizer)) if task.train else 0.0,
+        update=host_update(task.optimizer) if task.train else 0.0,
+        may_lend=built.problem.may_lend if lends else (),
     )
     anywhere = problem.num_blocks <= IDEALS_BLOCKS
     return problem, stages(problem, anywhere=anywhere, keep=1, slack=0.02, first=first)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from partita.planners.objective import lent_gains
 from partita.planners.problem import Array, Problem, Times
 
 Bools = NDArray[np.bool_]
@@ -188,7 +189,8 @@ class Sized:
     (blocks), what recomputing a block costs and saves; 0 bytes where it may not be. ``blocks``: (pools, 4, blocks)
     seconds of each block: forward, backward, weight, once a step. ``gains``: ``again_bytes`` of all blocks of a span.
     ``away_seconds``, ``away_bytes`` (pools, blocks): what offloading a block costs and frees there; ``sent_away``:
-    spans with a block that must be; ``largest_gone``: of each span, what leaves at most of one block.
+    spans with a block that must be; ``largest_gone``: of each span, what leaves at most of one block. ``lent``: what
+    lending parameters comes to.
     """
 
     pools: tuple[PoolSpans, ...]
@@ -208,6 +210,27 @@ class Sized:
     away_bytes: Array
     sent_away: Bools
     largest_gone: Array
+    lent: LentSpans
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LentSpans:
+    """Of each block that may be lent: ``sizes`` (bytes of a copy, else 0), ``gains`` (bytes it frees on a device),
+    ``update`` (seconds, once a step), and (pools, blocks) ``waits`` of a microbatch where it is lent, ``both`` where
+    its activations are offloaded besides. Of each span, for what must be: ``total`` and ``largest`` copy, ``gained``,
+    ``updates``. ``pools``: where any of it is done.
+    """
+
+    pools: tuple[bool, ...]
+    sizes: Array
+    gains: Array
+    update: Array
+    waits: Array
+    both: Array
+    total: Array
+    largest: Array
+    gained: Array
+    updates: Array
 
 
 def sized(problem: Problem, s: Spans, microbatches: int, *, synced: bool = False) -> Sized:
@@ -235,10 +258,16 @@ def sized(problem: Problem, s: Spans, microbatches: int, *, synced: bool = False
     if hosts.any() and (problem.may_offload or problem.offload):
         leave[list(problem.offload)] = True
         leaves[list(problem.may_offload)] = True
-        gone, waits = times.gone_at(n), np.array([times.waits(n, p, hosts[p]) for p in pools])
+        gone = times.gone_at(n)
+        waits = np.array([times.waits(n, p, gone * hosts[p]) for p in pools])
         blocks[:, 1] += np.where(leave, waits, 0.0)
-    open_ = may & ~must & ~leave
-    sendable = leaves & ~must & ~leave
+    lends = np.zeros(problem.num_blocks, dtype=np.bool_)
+    lends[list(problem.lend)] = True
+    open_ = may & ~must & ~leave & ~lends
+    sendable = leaves & ~must & ~leave & ~lends
+    lent = _lent(problem, s, times, n, lends, must | leave, gone)
+    if problem.lend:
+        blocks[:, 1 if problem.train else 0] += np.where(lends, lent.waits, 0.0)
     again_bytes = np.where(open_, np.maximum(saved - kept, 0.0), 0.0)
     return Sized(
         tuple(PoolSpans(*(s.total(row) for row in rows)) for rows in blocks),
@@ -258,4 +287,32 @@ def sized(problem: Problem, s: Spans, microbatches: int, *, synced: bool = False
         np.where(sendable, gone, 0.0) * (hosts > 0)[:, None],
         s.total(leave.astype(np.float64)) > 0 if leave.any() else np.zeros(len(s.first), dtype=np.bool_),
         s.largest(gone) if gone.any() else np.zeros(len(s.first)),
+        lent,
     )
+
+
+def _lent(problem: Problem, s: Spans, times: Times, n: int, lends: Bools, other: Bools, gone: Array) -> LentSpans:
+    """``lends``: blocks that must be lent; ``other``: that are kept in another way; ``gone``: what offload moves."""
+    pools = tuple(problem.lends(p) for p in range(len(problem.pools)))
+    blocks, none = problem.num_blocks, np.zeros(len(s.first))
+    zeros = np.zeros((len(pools), blocks))
+    if not any(pools) or not (problem.lend or problem.may_lend):
+        return LentSpans(
+            (False,) * len(pools), zeros[0], zeros[0], zeros[0], zeros, zeros, none, none, none, none
+        )  # fmt: skip
+    size, trained = problem.lendable.T
+    gains, update = lent_gains(problem), problem.update * trained * problem.train
+    open_ = np.zeros(blocks, dtype=np.bool_)
+    open_[list(problem.may_lend)] = True
+    open_ &= ~lends & ~other
+    waits, both = zeros, zeros.copy()
+    for p, pool in enumerate(problem.pools):
+        if pools[p]:
+            home = trained * pool.host * problem.train
+            waits[p] = times.waits(n, p, size * pool.host, train=problem.train) + home
+            both[p] = times.waits(n, p, (size + gone) * pool.host, train=problem.train) + home
+    must = [np.where(lends, row, 0.0) for row in (size, gains, update)]
+    return LentSpans(
+        pools, np.where(open_, size, 0.0), np.where(open_, gains, 0.0), update, waits, both,
+        s.total(must[0]), s.largest(must[0]), s.total(must[1]), s.total(must[2]),
+    )  # fmt: skip

@@ -9,7 +9,7 @@ bound (sum at its upper end + its lower end) is no better than a plan in hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from partita.planners.cover import spare
 from partita.planners.ideals import ideals
-from partita.planners.moves import Move, Moves, Way
+from partita.planners.moves import Move, Moves
 from partita.planners.objective import candidate_seconds, fits, is_joined, stage_bytes
 from partita.planners.problem import (
     Array,
@@ -29,6 +29,7 @@ from partita.planners.problem import (
     Problem,
     StageChoice,
 )
+from partita.planners.relief import PLAIN, How, Way, hows
 from partita.planners.spans import Spans, sized, spans, with_weights
 
 Used = tuple[int, ...]
@@ -78,7 +79,8 @@ def stages(
     gap = max(0.0, winner.seconds / bound - 1.0) if 0 < bound < np.inf else 0.0
     if exact and (slack == 0 or gap <= 1e-9):
         return Optimal(winner, others)
-    return Feasible(winner, min(gap, slack) if exact else gap, others)
+    most = slack / (1.0 - slack)  # a plan in hand of 1 is kept where nothing is below 1 - slack
+    return Feasible(winner, min(gap, most) if exact else gap, others)
 
 
 def _promise(problem: Problem, m: int) -> float:
@@ -256,7 +258,7 @@ class _Search:
         return replace(candidate, seconds=candidate_seconds(problem, candidate))
 
     def _within(self, choice: StageChoice, after: int) -> StageChoice:
-        """With what is recomputed or offloaded to fit, at the least cost."""
+        """With what is recomputed, offloaded or lent to fit, at the least cost."""
         problem = self.problem
         limit = problem.pools[choice.pool].memory_bytes
         joined = is_joined(problem, 1 if self.synced else 2, choice.replicas, self.m)
@@ -267,41 +269,51 @@ class _Search:
                 synced=problem.joined and not joined,
             )  # fmt: skip
 
-        if not problem.train or need(choice) <= limit:
+        if need(choice) <= limit:
             return choice
-        living = self.moves.alive(choice.replicas, after)
         blocks = np.array(choice.blocks)
         at = self.moves.of[choice.pool][1]
-        again = (at.again_seconds[choice.pool][blocks], at.again_bytes[blocks] * living.before)
-        away = (at.away_seconds[choice.pool][blocks], at.away_bytes[choice.pool][blocks] * living.before)
-        hosted = bool(problem.may_offload and problem.pools[choice.pool].host)
+        before, mine = self.moves.alive(choice.replicas, after).before, -(-self.m // choice.replicas)
+        must = (
+            problem.lendable[[b for b in choice.blocks if b in problem.lend], 0] if at.lent.pools[choice.pool] else ()
+        )
+        total, largest = np.array([sum(must)]), np.array([max(must, default=0.0)])
+        plain = PLAIN.copies(total, largest)
         best, least = choice, np.inf
-        for ways in ((again,), (away,), (again, away))[: 3 if hosted else 1]:
-            probe = self._probe(choice, again if ways[0] is again else None, away if ways[-1] is away else None)
+        for how in hows(problem, at, choice.pool)[0]:
+            ways = [(seconds[blocks], gains[blocks]) for seconds, gains in how.ways(at, choice.pool, mine, before)]
+            probe = self._probe(choice, how, ways)
             if probe is None:
                 continue
             made, gained = probe
-            found = spare([(list(s), list(g)) for s, g in ways], need(made) + gained - limit)
+            room = float((how.copies(total, largest) - plain)[0])
+            found = spare([(list(s), list(g)) for s, g in ways], need(made) + gained + room - limit)
             if found is not None and found[0] < least:
-                named = [tuple(choice.blocks[i] for i in where) for where in found[1]]
-                recompute, offload = named[0] if ways[0] is again else (), named[-1] if ways[-1] is away else ()
-                best, least = replace(choice, recompute=recompute, offload=offload), found[0]
+                best, least = _relieved(choice, how, found[1]), found[0]
         return best
 
-    def _probe(self, choice: StageChoice, again: Way | None, away: Way | None) -> tuple[StageChoice, float] | None:
+    def _probe(self, choice: StageChoice, how: How, ways: Sequence[Way]) -> tuple[StageChoice, float] | None:
         """The stage with the block that gains least recomputed, or offloaded, or one of each; what that gains."""
         taken: list[int] = []
         gained = 0.0
-        for way in filter(None, (again, away)):
+        for way in ways[: how.again + how.away]:
             gains = [g if g > 0 and i not in taken else np.inf for i, g in enumerate(way[1])]
             smallest = int(np.argmin(gains))
             if not np.isfinite(gains[smallest]):
                 return None
             taken.append(smallest)
             gained += float(gains[smallest])
-        blocks = [(choice.blocks[i],) for i in taken]
-        recompute, offload = blocks[0] if again is not None else (), blocks[-1] if away is not None else ()
-        return replace(choice, recompute=recompute, offload=offload), gained
+        return _relieved(choice, how, [[i] for i in taken]), gained
+
+
+def _relieved(choice: StageChoice, how: How, positions: Sequence[Sequence[int]]) -> StageChoice:
+    """The stage with the blocks at these positions of each way."""
+    named: dict[str, set[int]] = {"recompute": set(), "offload": set(), "lend": set()}
+    for fields, where in zip(how.named, positions, strict=False):
+        for field in fields:
+            named[field].update(choice.blocks[i] for i in where)
+    recompute, offload, lend = (tuple(sorted(blocks)) for blocks in named.values())
+    return replace(choice, recompute=recompute, offload=offload, lend=lend)
 
 
 def check_candidate(problem: Problem, candidate: Candidate) -> bool:

@@ -120,6 +120,26 @@ def leaving(graph: Graph, table: CostTable, parts: Sequence[Block], owner: Indic
     return found
 
 
+def lendable(
+    graph: Graph, users: Mapping[str, tuple[int, ...]], owner: Indices, count: int, once: Bools
+) -> tuple[Array, Bools]:
+    """(blocks, 2): bytes of the parameters that only this block uses, and of those that train; and which blocks use no
+    others, before the step or in it, and have as much as is worth a copy: they may live in host memory."""
+    found, alone = np.zeros((count, 2)), np.ones(count, dtype=np.bool_)
+    for base, blocks in users.items():
+        tensor = graph.tensor(base)
+        if tensor.role != "parameter":
+            continue
+        if len(blocks) > 1:
+            alone[list(blocks)] = False
+            continue
+        found[blocks[0]] += (tensor.nbytes(1), tensor.nbytes(1) * tensor.needs_grad)
+    for i in np.flatnonzero(once):
+        if any(graph.tensor(graph.tensor(n).base or n).role == "parameter" for n in graph.ops[i].uses()):
+            alone[owner[i]] = False
+    return found, alone & (found[:, 0] >= SMALL)
+
+
 def edges(graph: Graph, owner: Indices, once: Bools) -> tuple[Edge, ...]:
     users: dict[str, set[int]] = {}
     for i, op in enumerate(graph.ops):

@@ -19,6 +19,7 @@ from partita.graph import Graph
 from partita.planners.build import HEADROOM, Built, Counted, build, count, regrouped
 from partita.planners.constraints import Constraints, Resolved, resolve
 from partita.planners.divided import Divider
+from partita.planners.objective import copies_bytes, lent_gains
 from partita.planners.problem import Problem
 from partita.planners.teams import Teaming, teams_of
 from partita.sharding.batch import BatchLayouts
@@ -127,6 +128,10 @@ class Task:
             for name, start in resolved.starts
             if not legal[start]
         ]
+        if resolved.lent and self.processes:
+            problems.append(
+                "offload_parameters is for devices of one process: a rank keeps what it holds; zero 3 divides it"
+            )
         asked = max(self.constraints.microbatches, self.constraints.num_replicas)
         if asked > max(self.batch, 1):
             problems.append(f"{asked} microbatches or replicas need as many samples; the batch has {self.batch}")
@@ -147,7 +152,7 @@ class Task:
             self.made[coarse] = build(
                 self.graph, self.layouts, self.cluster, self.table, parts, batch=self.batch,
                 optimizer=self.optimizer, train=self.train, constraints=self.constraints, resolved=self.resolved,
-                sync=self.sync, processes=self.processes, counted=self.counts[parts],
+                sync=self.sync, processes=self.processes, lends=self.may_lend, counted=self.counts[parts],
             )  # fmt: skip
         return self.made[coarse]
 
@@ -155,6 +160,11 @@ class Task:
         """Parts that are modules, as large as serves recomputation best: least kept together with the largest alive."""
         sizes = RECOMPUTE_UNITS if len(self.graph.ops) <= MODULES else RECOMPUTE_UNITS[:1]
         return min((self.build(coarse=n) for n in sizes), key=lambda built: least_alive(built.problem))
+
+    def lending(self) -> Built:
+        """Parts that are modules, as large as serves lending their parameters best."""
+        sizes = RECOMPUTE_UNITS if len(self.graph.ops) <= MODULES else RECOMPUTE_UNITS[:1]
+        return min((self.build(coarse=n) for n in sizes), key=lambda built: least_lent(built.problem))
 
     def divided(self, *, coarse: int = 0) -> Iterator[Variant]:
         """The problem for each way to make teams that divide their ops.
@@ -219,7 +229,7 @@ class Task:
         also = [start for _, start in resolved.starts]
         also += [
             i
-            for _, ops in (*resolved.together, *resolved.recompute, *resolved.offload)
+            for _, ops in (*resolved.together, *resolved.recompute, *resolved.offload, *resolved.lent)
             for i in (min(ops), max(ops) + 1)
         ]
         marks = dict(resolved.place)
@@ -233,7 +243,20 @@ class Task:
     # -- bytes and seconds -----------------------------------------------------------------------------------------
 
     @property
+    def may_lend(self) -> bool:
+        """Whether the planner may choose that parameters live in host memory: of devices of one process, each with all
+        of its stage's parameters."""
+        wanted = self.constraints
+        open_ = wanted.offload_parameters is not False and wanted.zero <= 0 and wanted.tensor < 2 and not wanted.shard
+        return open_ and not self.processes and any(d.host_bandwidth for d in self.cluster.devices)
+
+    @property
     def may_fit(self) -> bool:
+        """Whether the devices together hold every parameter, gradient and optimizer state once, or hosts may."""
+        return self.may_lend or bool(self.resolved.lent) or self.holds_all
+
+    @property
+    def holds_all(self) -> bool:
         """Whether the devices together hold every parameter, gradient and optimizer state once."""
         limit = HEADROOM * sum(d.memory_bytes for d in self.cluster.devices)
         factor = 1 + optimizer_factor(self.optimizer) if self.train else 0
@@ -258,6 +281,15 @@ class Task:
         """No plan is faster, by the counts: all work perfectly shared by all devices."""
         lines = [self.seconds_of(d.kind) for d in self.cluster.devices]
         return 1.0 / sum(1.0 / max(fixed + per_sample * self.batch, 1e-30) for fixed, per_sample in lines)
+
+
+def least_lent(problem: Problem) -> float:
+    """Bytes of everything that stays and of activations of one sample, were all lent, and recomputed, that may be."""
+    may = list(problem.may_lend)
+    total = sum(w.nbytes + (1.0 + problem.optimizer_factor) * w.trained for w in problem.weights if not w.given)
+    sizes = problem.lendable[may, 0]
+    copies = float(copies_bytes(sizes.sum(), sizes.max())) if may else 0.0
+    return total - float(lent_gains(problem)[may].sum()) + copies + least_alive(problem)
 
 
 def least_alive(problem: Problem) -> float:

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from partita.errors import InfeasibleError
 from partita.plan import Plan
 from partita.plan_text import counted
-from partita.planners.explain import binding_reasons, cut_reasons, offload_reasons, other_reasons, shortage
+from partita.planners.explain import (
+    binding_reasons,
+    cut_reasons,
+    lent_reasons,
+    offload_reasons,
+    other_reasons,
+    shortage,
+)
 from partita.planners.pricing import Ranked
 from partita.planners.problem import Problem
 from partita.planners.remedies import Request, conflict, remedies
@@ -16,8 +23,8 @@ from partita.planners.task import Task
 from partita.units import format_bytes, format_seconds
 
 
-def reasons(task: Task, ranked: Sequence[Ranked], gap: float, teams: str) -> tuple[str, ...]:
-    """Of the first of these plans. ``teams``: whether ops are divided, in words."""
+def reasons(task: Task, ranked: Sequence[Ranked], gap: float, searched: Sequence[str]) -> tuple[str, ...]:
+    """Of the first of these plans. ``searched``: what came of plans that divide ops or lend parameters, in words."""
     best, others = ranked[0], ranked[1:]
     problem, one = best.built.problem, task.one_device_seconds
     lines = [
@@ -27,7 +34,7 @@ def reasons(task: Task, ranked: Sequence[Ranked], gap: float, teams: str) -> tup
     ]
     if best.seconds:
         lines.append(f"{one / best.seconds:.2f}x one device alone ({format_seconds(one)})")
-    lines += [*divided(best.plan), *([teams] if teams else [])]
+    lines += [*divided(best.plan), *searched]
     mixed = any(c.pool < 0 for c in best.candidate.stages)
     doubled = len(best.candidate.stages) > problem.num_devices
     if mixed:
@@ -46,6 +53,7 @@ def reasons(task: Task, ranked: Sequence[Ranked], gap: float, teams: str) -> tup
         lines.append(f"{parts} parts are recomputed in backward, because their activations do not fit")
     if not mixed:
         lines += offload_reasons(best.built, best.candidate)
+        lines += lent_reasons(best.built, best.candidate, task.optimizer)
     if gap > SLACK:
         lines.append(f"memory limits cost at most {gap:.1%} of the step time")
     elif gap > 0:

@@ -55,6 +55,11 @@ def asked(graph: Graph, pools: Sequence[Pool], constraints: Constraints) -> Aske
     both = {u.kind for u, a, h in zip(row.row, marks.again, marks.away, strict=True) if a and not h}
     if both & {u.kind for u, h in zip(row.row, marks.away, strict=True) if h}:
         problems.append("recompute and offload name equal parts, which are kept in one way here: take one of them")
+    if constraints.lent:
+        problems.append(
+            "offload_parameters is for devices of one process; on described clusters each has its own process, and "
+            "zero 3 divides parameters there"
+        )
     if away and not all(pool.device.host_bandwidth for pool in pools):
         problems.append("offload: nobody said how fast the devices reach host memory; describe host_bandwidth")
     places = tuple(
