@@ -355,7 +355,8 @@ class _Memory:
             total -= min(float(cost.later), total)
         lines = cost.rises.first if fresh else cost.rises.later
         if splits_backward and cost.rises.put_off:
-            lines = cost.rises.put_off
+            mine = self.later_sent.get((device, item.segment, item.microbatch), {})
+            lines = cost.rises.lagged if any(self.leaving.get(key) for key in mine) else cost.rises.put_off
         if self.together:  # each product is made once, and counted with the first
             owner = device == self.together[0]
             lines = cost.rises.owner if owner else cost.rises.helper

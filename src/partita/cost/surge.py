@@ -58,14 +58,16 @@ class Rises:
     """Bytes above ``saved`` at the worst moments of a segment, as lines that are highest at some microbatch's size.
 
     ``forward``: of a forward, whose ``saved`` is there already; of backwards ``first``: of one that makes the weights'
-    gradients; ``later``: of one that adds to them; ``put_off``: of one that leaves them to a W step, ``products``: of
-    that; ``owner``, ``helper``: of replicas that make each product once, the first and the others.
+    gradients; ``later``: of one that adds to them; ``put_off``: of one that leaves them to a W step, ``lagged``: of
+    such a one while another device keeps what was sent to it for its own W step, ``products``: of that; ``owner``,
+    ``helper``: of replicas that make each product once, the first and the others.
     """
 
     forward: Lines = ()
     first: Lines = ()
     later: Lines = ()
     put_off: Lines = ()
+    lagged: Lines = ()
     owner: Lines = ()
     helper: Lines = ()
     products: tuple[Product, ...] = ()
@@ -120,15 +122,33 @@ def rises(
     first, later = with_fixed(alive, made), with_fixed(alive, own)
     if not apart:
         return Rises(forward, first, later)
-    put_off = with_fixed(alive + kept_pairs(graph, index, life.ends), kept)
+    pairs = alive + kept_pairs(graph, index, life.ends)
+    put_off = with_fixed(pairs, kept)
+    lagged = with_fixed(pairs + _still_sent(graph, index, elsewhere, life), kept) if elsewhere else put_off
     if allowed is None:
-        return Rises(forward, first, later, put_off, products=_products(graph, index))
+        return Rises(forward, first, later, put_off, lagged, products=_products(graph, index))
     until = kept_until(graph, index, allowed)
     owner = alive + kept_pairs(graph, index, life.ends, until, copies(graph, index, replicas))
     helper = alive + kept_pairs(graph, index, life.ends, until)
     return Rises(
-        forward, first, later, put_off, with_fixed(owner, made), with_fixed(helper, kept), _products(graph, index)
+        forward,
+        first,
+        later,
+        put_off,
+        lagged,
+        with_fixed(owner, made),
+        with_fixed(helper, kept),
+        _products(graph, index),
     )
+
+
+def _still_sent(graph: Graph, index: Indices, elsewhere: frozenset[str], life: Lives) -> Array:
+    """Bytes, while each op is undone, of what others took and this device itself would have let go of by then."""
+    rows = np.zeros((len(index), 2))
+    for base in {graph.tensor(name).base or name for name in elsewhere} & life.stays:
+        size = tensor_bytes(graph, base)
+        rows[: life.ends.get(base, len(index))] += (size.fixed, size.per_sample)
+    return rows
 
 
 def together(graph: Graph, ops: Sequence[int], recompute: Sequence[tuple[int, int]] = ()) -> Mapping[str, int]:
