@@ -47,6 +47,7 @@ stages = st.builds(
     modules=st.lists(names, max_size=5).map(tuple),
     ops=st.lists(names, max_size=3).map(tuple),
     recompute=st.lists(names, max_size=3).map(tuple),
+    compile=st.sampled_from([(), ("",), ("blocks.0", "head")]),
     offload=st.builds(Offload, *[st.lists(names, max_size=2).map(tuple)] * 2),
     shard=st.dictionaries(names, placements, max_size=2).map(lambda d: tuple(d.items())),
 )

@@ -299,11 +299,26 @@ def partita_automatic(work: Workload, rank: int, sync: Callable[..., Any], *, ca
     return _partita(pm, model, x, target, call, describe(pm.plan))
 
 
+def partita_compiled(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready:
+    import partita
+
+    model, x, target = work.build()
+    asked = {"compile": "auto"}
+    pm = partita.parallelize(
+        model, example_args=as_args(x), devices=["cpu", "cpu"], loss_fn=cross_entropy, constraints=asked
+    )
+    what = sum(bool(s.compile) for s in pm.plan.stages)
+    note = f"{describe(pm.plan)}; {what} of {len(pm.plan.stages)} stages compiled"
+    return _partita(pm, model, x, target, False, note, asked)
+
+
 def partita_call(work: Workload, rank: int, sync: Callable[..., Any]) -> Ready:
     return partita_automatic(work, rank, sync, call=True)
 
 
-def _partita(pm: Any, model: nn.Module, x: Any, target: torch.Tensor, call: bool, note: str) -> Ready:
+def _partita(
+    pm: Any, model: nn.Module, x: Any, target: torch.Tensor, call: bool, note: str, constraints: Any = None
+) -> Ready:
     import partita
 
     parameters = list(model.parameters())
@@ -316,8 +331,10 @@ def _partita(pm: Any, model: nn.Module, x: Any, target: torch.Tensor, call: bool
     def infer() -> None:
         if not forward:
             forward.append(
-                partita.parallelize(model, as_args(x), devices=["cpu", "cpu"], objective="inference")
-            )  # fmt: skip
+                partita.parallelize(
+                    model, as_args(x), devices=["cpu", "cpu"], objective="inference", constraints=constraints
+                )
+            )
         forward[0](*as_args(x))
 
     ready = _ordinary(pm, model, x, target, note)
@@ -359,6 +376,7 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant("accelerate", "accelerate dispatch_model", accelerate, threads=2, pinned=True, lines=2),
         Contestant("partita", "partita automatic, train_step", partita_automatic, lines=2),
         Contestant("partita-call", "partita automatic, pm(x) + backward", partita_call, lines=1),
+        Contestant("partita-compiled", "partita automatic, compile: auto, train_step", partita_compiled, lines=3),
         Contestant("partita-1f1b", "partita pipeline plan, 1f1b", _partita_pipeline("1f1b"), lines=2),
         Contestant("partita-zb", "partita pipeline plan, zero_bubble", _partita_pipeline("zero_bubble"), lines=2),
     )

@@ -19,6 +19,8 @@ from partita.automatic import best_plan
 from partita.capture import Captured, capture
 from partita.check import require
 from partita.cluster import Cluster
+from partita.compiling import unmet
+from partita.cost.blocks import Block
 from partita.cost.measured import Measured
 from partita.errors import PlanError, UsageError
 from partita.manual import plan_from_cuts, plan_live
@@ -75,6 +77,8 @@ def parallelize(
             chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
             if not captured.live:
                 require(chosen, captured.graph, cluster)
+                if unmet(chosen):
+                    raise PlanError("the plan cannot be carried out:", unmet(chosen))
             return chosen
         return best(captured, cluster)[0]
 
@@ -87,12 +91,14 @@ def parallelize(
                 "process a device (torchrun, partita run), or leave zero out"
             )
 
-        def timings(over: Cluster, sizes: Sequence[int]) -> Measured | None:
+        def timings(
+            over: Cluster, sizes: Sequence[int], units: Sequence[Block] = (), compiled: bool = False
+        ) -> Measured | None:
             if not (profile or again):
                 return None
             return measure_call(
                 captured, over, model, example_args, example_kwargs, sizes=sizes, train=objective == "train",
-                again=again,
+                again=again, units=units, compiled=compiled,
             )  # fmt: skip
 
         found, measured = best_plan(
@@ -142,8 +148,10 @@ def find_plan(
         )
     captured = _capture(model, example_args, example_kwargs)
 
-    def timings(over: Cluster, sizes: Sequence[int]) -> Measured | None:
-        return kept_timings(captured, over, sizes=sizes, train=objective == "train")
+    def timings(
+        over: Cluster, sizes: Sequence[int], units: Sequence[Block] = (), compiled: bool = False
+    ) -> Measured | None:
+        return kept_timings(captured, over, sizes=sizes, train=objective == "train", units=units)
 
     return best_plan(
         captured, where, model, timings, optimizer=optimizer, constraints=constraints, objective=objective,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from partita.apart import several_nodes
 from partita.capture import Captured
 from partita.cluster import Cluster
+from partita.compiling import Timer, as_asked, where_it_pays
 from partita.cost.measured import Measured
 from partita.errors import InfeasibleError
 from partita.lockstep import can_synchronise
@@ -21,8 +24,6 @@ from partita.planners.constraints import Constraints
 from partita.runtime.live import children_bytes
 from partita.sharding.batch import layouts
 from partita.united import all_as_one
-
-Timer: TypeAlias = Callable[[Cluster, Sequence[int]], Measured | None]
 
 
 def best_plan(
@@ -46,6 +47,8 @@ def best_plan(
         names = [d.name for d in cluster.devices]
         return plan_live(children_bytes(model), type(model).__name__, names, reason=captured.live), None
     graph = captured.graph
+    wanted = Constraints.read(constraints)
+    asked, wanted = wanted.compile, replace(wanted, compile=())
 
     def plan(over: Cluster, limits: Constraints | Mapping[str, Any] | None, measured: Measured | None) -> Plan:
         return auto(
@@ -55,15 +58,21 @@ def best_plan(
         )  # fmt: skip
 
     measured = timings(cluster, ())
-    divided = plan(cluster, constraints, measured)
-    whole = all_as_one(cluster) if may_unite and constraints is None else None
-    if whole is None or measured is None or not as_one.worth_asking(divided, cluster):
-        return divided, measured
-    timed = timings(whole, (graph.batch,))
-    if timed is None:
-        return divided, measured
-    try:
-        united = plan(whole, {"microbatches": 1}, timed)
-    except InfeasibleError:
-        return divided, measured
-    return as_one.better(divided, united), measured.merged(timed)
+    divided = plan(cluster, wanted, measured)
+    found = [(divided, measured)]
+    whole = all_as_one(cluster) if may_unite and wanted == Constraints() else None
+    if whole is not None and measured is not None and (asked == "auto" or as_one.worth_asking(divided, cluster)):
+        timed = timings(whole, (graph.batch,))
+        with contextlib.suppress(InfeasibleError):
+            if timed is not None:
+                found.append((plan(whole, Constraints(microbatches=1), timed), measured.merged(timed)))
+    if asked == "auto":
+        found = [where_it_pays(graph, p, whole if i and whole is not None else cluster, m, timings, optimizer)
+                 for i, (p, m) in enumerate(found)]  # fmt: skip
+    best, timed = found[0]
+    for other, more in found[1:]:
+        best = as_one.better(best, other)
+        timed = timed.merged(more) if timed is not None and more is not None else timed
+    if asked and asked != "auto":
+        best = as_asked(graph, best, cluster, asked, timed, optimizer)
+    return best, timed

@@ -17,6 +17,11 @@ from partita.united import is_united, members
 from partita.united import problem as unite_problem
 from partita.units import format_bytes
 
+TOGETHER = (
+    ("recompute", "offload", "what is made again has nothing to bring back"),
+    ("recompute", "compile", "compiled code chooses itself what it makes again"),
+    ("offload", "compile", "what compiled code saves is not known by the model's names"),
+)
 BATCH_NORMS = ("exact", "per_microbatch")
 
 
@@ -186,6 +191,9 @@ def _names(plan: Plan, graph: Graph) -> list[str]:
         for name in stage.recompute:
             if name and name not in op_names and not _runs(name, modules):
                 problems.append(_unknown(f"stage {s} recomputes {name!r}", name, graph, modules))
+        for name in stage.compile:
+            if name and name not in op_names and not _runs(name, modules):
+                problems.append(_unknown(f"stage {s} compiles {name!r}", name, graph, modules))
         for kind in ("activations", "parameters"):
             for name in getattr(stage.offload, kind):
                 if name and name not in op_names and not _runs(name, modules):
@@ -194,29 +202,39 @@ def _names(plan: Plan, graph: Graph) -> list[str]:
 
 
 def _kept(plan: Plan, graph: Graph, stage_of: Mapping[str, int]) -> list[str]:
-    """Names a stage recomputes or offloads though another stage runs them, or it does both to one op."""
+    """Names that a stage recomputes, offloads or compiles though another stage runs them, and two of it for one op."""
     lines = []
     for s, stage in enumerate(plan.stages):
         ways: dict[str, dict[str, str]] = {}
         offload = tuple(dict.fromkeys((*stage.offload.activations, *stage.offload.parameters)))
-        for word, names in (("recompute", stage.recompute), ("offload", offload)):
+        for word, names in (("recompute", stage.recompute), ("offload", offload), ("compile", stage.compile)):
             for name in names:
-                ops = [op.name for op in graph.ops if op.name == name or (name and covers(name, op.module))]
+                every = bool(name) or word == "compile"
+                ops = [op.name for op in graph.ops if op.name == name or (every and covers(name, op.module))]
                 where = {stage_of[op] for op in ops}
                 if where and s not in where:
                     lines.append(
                         f"stage {s} lists {name!r} under {word}, but stage {min(where)} runs it: list it there"
                     )
                 ways.setdefault(word, {}).update(dict.fromkeys((op for op in ops if stage_of[op] == s), name))
-        both = [op for op in ways.get("recompute", ()) if op in ways.get("offload", ())]
-        pairs = dict.fromkeys((ways["recompute"][op], ways["offload"][op]) for op in both)
-        lines += [
-            f"stage {s} lists {again!r} under recompute and {away!r} under offload: what is made again has nothing to "
-            "bring back; list each part under one of them"
-            for again, away in pairs
-        ]
+        for one, other, why in TOGETHER:
+            both = [op for op in ways.get(one, ()) if op in ways.get(other, ())]
+            lines += [
+                f"stage {s} lists {_all(a)} under {one} and {_all(b)} under {other}: {why}; list "
+                "each part under one of them"
+                for a, b in dict.fromkeys((ways[one][op], ways[other][op]) for op in both)
+            ]
+        if stage.compile and plan.zero == 3:
+            lines.append(
+                f"stage {s} compiles and the plan has ZeRO 3: parameters are gathered op by op, which compiled code "
+                "does not stop for; take zero 2, or compile out"
+            )
         lines += _lent(plan, graph, stage_of, s)
     return lines
+
+
+def _all(name: str) -> str:
+    return repr(name) if name else "all of it"
 
 
 def _lent(plan: Plan, graph: Graph, stage_of: Mapping[str, int], s: int) -> list[str]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from partita.assign import Names, stages_of
+from partita.compilable import ranges as compiled_ranges
 from partita.cost.away import leaving
 from partita.cost.kept import given_bytes
 from partita.divide import Division, divide, leaders
@@ -28,6 +29,7 @@ from partita.sharding.batch import BatchLayouts
 
 ONCE_STAGE = -1
 CALLER = "caller"
+NORM = "aten.batch_norm.default"
 
 
 def lower(
@@ -57,7 +59,7 @@ def lower(
     else:
         graph, layouts = division.graph, division.members[0].layouts
         stage_of, phases = division.stage_of, division.phases
-    segments = _segments(graph, layouts, plan, stage_of, phases, sizes)
+    segments = _segments(graph, layouts, plan, stage_of, phases, sizes, synchronised)
     placement = tuple(_placement(s, plan, len(sizes)) for s in segments)
     builder = _Builder(graph, segments, placement, sizes, train)
     joined = part != "step" or any(s.phase == "whole" for s in segments)
@@ -84,6 +86,7 @@ def _segments(
     stage_of: Mapping[str, int],
     phases: Mapping[str, str],
     sizes: tuple[int, ...],
+    synchronised: bool,
 ) -> tuple[Segment, ...]:
     single = len(sizes) == 1
     keys: list[tuple[int, str]] = [(ONCE_STAGE, "once")]
@@ -131,7 +134,9 @@ def _segments(
             )
         )
     result = []
-    position_of = {op.name: at for at, op in enumerate(graph.ops)} if any(s.offload for s in plan.stages) else {}
+    position_of = (
+        {op.name: at for at, op in enumerate(graph.ops)} if any(s.offload or s.compile for s in plan.stages) else {}
+    )
     for i, (stage, phase) in enumerate(live):
         ops = members[(stage, phase)]
         outputs = tuple(o for op in ops for o in op.outputs if o in wanted)
@@ -143,6 +148,11 @@ def _segments(
         if stage >= 0 and plan.stages[stage].offload:
             samples = max(sizes) if phase == "split" else sum(sizes)
             segment = _offloaded(graph, ops, segment, plan.stages[stage].offload, position_of, samples)
+        if stage >= 0 and plan.stages[stage].compile:
+            eager = {n for n in rescaled if layouts.rewrites[n].kind != "call"}
+            eager |= {op.name for op in ops if op.target == NORM} if synchronised and phase == "split" else set()
+            found = compiled_ranges(graph, ops, _listing(plan.stages[stage].compile), position_of, eager)
+            segment = replace(segment, compiled=found)
         result.append(segment)
     return tuple(result)
 

@@ -30,7 +30,8 @@ class Stage:
     """A part of the model. Several devices: replicas, which take the microbatches in turn.
 
     ``tensor`` > 1: every ``tensor`` devices in a row are one replica and divide its ops among them, as ``shard`` says
-    for what it names ((parameter or op, placements), ...) and the library finds for the rest.
+    for what it names ((parameter or op, placements), ...) and the library finds for the rest. ``compile``: modules or
+    ops that ``torch.compile`` makes other code of; ``""`` is all of the stage.
     """
 
     devices: tuple[str, ...]
@@ -40,6 +41,7 @@ class Stage:
     shard: tuple[tuple[str, str], ...] = ()
     tensor: int = 1
     offload: Offload = Offload()
+    compile: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:

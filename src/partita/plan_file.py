@@ -21,6 +21,7 @@ from partita.strict_yaml import Flow, FlowList, Reader, dump, read_text, write_t
 from partita.units import parse_bytes
 
 VERSION = 1
+WHOLE: dict[Any, list[str]] = {"true": [""], "True": [""], "false": [], "False": []}
 _COMMA = re.compile(r"\s*,\s*(?![^()]*\))")
 
 
@@ -52,6 +53,7 @@ class _Stage(msgspec.Struct):
     shard: dict[str, tuple[str, ...]] = {}
     tensor: int = 1
     offload: _Offload = msgspec.field(default_factory=_Offload)
+    compile: tuple[str, ...] = ()
 
 
 class _Predicted(msgspec.Struct):
@@ -93,6 +95,10 @@ def loads(text: str, source: str = "the plan") -> Plan:
         )
     if tree.get("schedule") == "zero-bubble":
         tree["schedule"] = "zero_bubble"
+    for stage in tree["stages"] if isinstance(tree.get("stages"), list) else ():
+        word = stage.get("compile") if isinstance(stage, dict) else None
+        if isinstance(word, str) and word in WHOLE:
+            stage["compile"] = list(WHOLE[word])
     file = reader.fill(_File, tree)
     if file is not None:
         file = _named(reader, file)
@@ -168,6 +174,7 @@ def _to_plan(file: _File) -> Plan:
             shard=tuple((name, ", ".join(placements)) for name, placements in stage.shard.items()),
             tensor=stage.tensor,
             offload=Offload(stage.offload.activations, stage.offload.parameters),
+            compile=stage.compile,
         )
         for stage in file.stages
     )
@@ -241,6 +248,8 @@ def _stage_tree(stage: Stage) -> dict[str, Any]:
     if stage.offload:
         kinds = {"activations": stage.offload.activations, "parameters": stage.offload.parameters}
         tree["offload"] = Flow({kind: FlowList(names) for kind, names in kinds.items() if names})
+    if stage.compile:
+        tree["compile"] = True if stage.compile == ("",) else FlowList(stage.compile)
     if stage.tensor > 1:
         tree["tensor"] = stage.tensor
     if stage.shard:

@@ -46,6 +46,11 @@ def offloaded(offload: Offload, limit: int = 48) -> str:
     return "; ".join(parts) or "-"
 
 
+def compiles(names: Sequence[str], limit: int = 48) -> str:
+    """What ``torch.compile`` takes: ``blocks.0-5``; all of a stage."""
+    return "all of it" if tuple(names) == ("",) else shorten(names, limit) or "-"
+
+
 def counted(words: Sequence[str]) -> str:
     """``2MiB, 2MiB, 1MiB`` -> ``2 x 2MiB, 1MiB``."""
     groups = [(word, len(list(same))) for word, same in groupby(words)]
@@ -105,7 +110,7 @@ def explain(plan: Plan) -> str:
         lines.append("batch statistics are taken per microbatch, as allowed: numbers differ from the unsplit model's")
     memory = dict(plan.predicted.memory) if plan.predicted else {}
     rows: list[tuple[str, ...]] = []
-    hosted = any(stage.offload for stage in plan.stages)
+    hosted, faster = (any(getattr(stage, word) for stage in plan.stages) for word in ("offload", "compile"))
     for i, stage in enumerate(plan.stages):
         parts = shorten(stage.modules)
         if stage.ops:
@@ -113,8 +118,10 @@ def explain(plan: Plan) -> str:
         need = counted([format_bytes(memory[d]) for d in stage.devices if d in memory])
         runs = parts or "what no other stage lists"
         kept = [shorten(stage.recompute) or "-", offloaded(stage.offload)]
-        rows.append((str(i), shorten(shortened(stage.devices)), runs, *kept[: 1 + hosted], need or "-"))
-    titles = ("stage", "devices", "runs", "recomputes", *["offloads"] * hosted, "peak memory")
+        kept = kept[: 1 + hosted] + [compiles(stage.compile)] * faster
+        rows.append((str(i), shorten(shortened(stage.devices)), runs, *kept, need or "-"))
+    words = ["recomputes", *["offloads"] * hosted, *["compiles"] * faster]
+    titles = ("stage", "devices", "runs", *words, "peak memory")
     lines += ["", *table(titles, _some(rows))]
     cores = [d for stage in plan.stages if stage.offload for d in stage.devices if d.startswith("cpu")]
     if cores:

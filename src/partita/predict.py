@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from partita.apart import largest_unit, several_nodes, simulate_apart
 from partita.cluster import Cluster
+from partita.cost.compiled import with_compiled
 from partita.cost.likened import likened
 from partita.cost.measured import Measured
 from partita.cost.table import cost_table, segment_costs
@@ -42,6 +43,8 @@ def predict(
     division = divide(graph, found, plan, batch=samples)
     program = lower(graph, found, plan, batch=samples, train=train, division=division)
     table = cost_table(graph, cluster, measured=measured)
+    if measured is not None and division is None and any(stage.compile for stage in plan.stages):
+        table = with_compiled(table, program, measured)
     if division is not None:
         table = likened(table, division.graph, division.members[0].origin, cluster)
     costs = segment_costs(program, table, cluster)

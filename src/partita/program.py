@@ -71,7 +71,7 @@ class Segment:
     backward: of each (tensor, position) in ``away`` its memory goes after the op there; of each (position, parameters)
     in ``lent`` the parameters live there, and are copied for the range that begins there. ``choices``: (op, tensor,
     index into ``uses``) where a segment takes one tensor in two ways. ``rescaled``: ops whose result must be told the
-    microbatch's share of the batch.
+    microbatch's share of the batch. ``compiled``: index ranges of ``ops`` that ``torch.compile`` makes one function of.
     """
 
     stage: int
@@ -85,6 +85,11 @@ class Segment:
     offload: tuple[tuple[int, int], ...] = ()
     away: tuple[tuple[str, int], ...] = ()
     lent: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    compiled: tuple[tuple[int, int], ...] = ()
+
+    def is_compiled(self, position: int) -> bool:
+        """Whether the op there is part of a compiled function."""
+        return any(start <= position < stop for start, stop in self.compiled)
 
 
 @dataclass(frozen=True, slots=True)

@@ -357,7 +357,7 @@ class _Memory:
         if splits_backward and cost.rises.put_off:
             mine = self.later_sent.get((device, item.segment, item.microbatch), {})
             lines = cost.rises.lagged if any(self.leaving.get(key) for key in mine) else cost.rises.put_off
-        if self.together:  # each product is made once, and counted with the first
+        if self.together and cost.rises.owner:  # each product is made once, and counted with the first
             owner = device == self.together[0]
             lines = cost.rises.owner if owner else cost.rises.helper
             total -= 0.0 if owner else float(sum(size for name, size in fresh.items() if name in cost.products))

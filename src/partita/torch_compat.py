@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -40,6 +40,7 @@ __all__ = [
     "UnsupportedOperatorException",
     "all_gather_single",
     "autocast_call",
+    "compiled_allocations",
     "autocast_excluded",
     "autocast_kernel",
     "decomposes",
@@ -62,6 +63,7 @@ __all__ = [
     "transforming",
     "unchecked_distributions",
     "version",
+    "whole_compilation",
     "without_pre_dispatch",
     "wrapped",
 ]
@@ -200,15 +202,52 @@ def wrapped(tensor: torch.Tensor) -> bool:
     return bool(functorch.is_functorch_wrapped_tensor(tensor))
 
 
+@contextmanager
+def whole_compilation() -> Iterator[None]:
+    """What ``torch.compile`` compiles inside, it compiles at once, backward too, for any number of backwards after one
+    forward, and whatever modes are active around. Public: none of the settings."""
+    from torch._functorch import config
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    wanted = {"donated_buffer": False, "force_non_lazy_backward_lowering": True}
+    with config.patch({k: v for k, v in wanted.items() if hasattr(config, k)}), _disable_current_modes():
+        yield
+
+
+@contextmanager
+def compiled_allocations(told: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """``told`` of each tensor for which compiled code takes CPU memory meanwhile, by no op that a mode would see. Code
+    that is compiled meanwhile is not among it. Public: none."""
+    codecache = sys.modules.get("torch._inductor.codecache")
+    name = "empty_strided_cpu"
+    modules = [m for m in codecache.PyCodeCache.modules if hasattr(m, name)] if codecache is not None else []
+    before = [getattr(m, name) for m in modules]
+
+    def made(*args: Any) -> torch.Tensor:
+        tensor: torch.Tensor = before[0](*args)
+        told(tensor)
+        return tensor
+
+    for module in modules:
+        setattr(module, name, made)
+    try:
+        yield
+    finally:
+        for module, function in zip(modules, before, strict=True):
+            setattr(module, name, function)
+
+
 _ENGINE: Any = torch.autograd.Variable._execution_engine
 
 
 def run_backward(roots: Sequence[object], grads: Sequence[torch.Tensor], keeps: bool = False) -> None:
     """``torch.autograd.backward`` from GradientEdges whose gradients fit them; ``keeps`` the graph. Public: that,
     which looks at every gradient in Python, twice what a small backward takes, and imports sympy to do so."""
-    _ENGINE.run_backward(
-        tuple(roots), tuple(grads), keeps, False, (), allow_unreachable=True, accumulate_grad=True
-    )  # retain_graph, create_graph, inputs
+    config = sys.modules.get("torch._functorch.config") if keeps else None
+    with config.patch(donated_buffer=False) if config is not None else nullcontext():  # as in whole_compilation
+        _ENGINE.run_backward(
+            tuple(roots), tuple(grads), keeps, False, (), allow_unreachable=True, accumulate_grad=True
+        )  # retain_graph, create_graph, inputs
 
 
 @contextmanager

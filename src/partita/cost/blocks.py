@@ -128,16 +128,16 @@ def profile_units(graph: Graph) -> tuple[Block, ...]:
     return found
 
 
-def repeated(graph: Graph, block: Block, legal: Sequence[bool]) -> tuple[Block, ...]:
-    """The modules it consists of, where at least half of its work is done again by equal ones; else itself.
+def repeated(graph: Graph, block: Block, legal: Sequence[bool], least: float = 2.0) -> tuple[Block, ...]:
+    """The modules it consists of, where it has ``least`` times the ops of the distinct ones among them; else itself.
 
     One that is repeated has two or more ops with flops: a layer is a unit, a single product is not. ``legal``: where
     a cut may stand.
     """
-    return _repeated(graph, block, len(_common_path(graph, block)), legal)
+    return _repeated(graph, block, len(_common_path(graph, block)), legal, least)
 
 
-def _repeated(graph: Graph, block: Block, depth: int, legal: Sequence[bool]) -> tuple[Block, ...]:
+def _repeated(graph: Graph, block: Block, depth: int, legal: Sequence[bool], least: float) -> tuple[Block, ...]:
     paths = [tuple(graph.ops[i].module.split(".")) for i in block.ops]
     if all(len(path) <= depth for path in paths):
         return (block,)
@@ -146,18 +146,18 @@ def _repeated(graph: Graph, block: Block, depth: int, legal: Sequence[bool]) -> 
         i for i in block.ops if i == block.start or (legal[i] and keys[i - block.start] != keys[i - block.start - 1])
     ]
     inner = [_block(graph, a, b) for a, b in zip(starts, [*starts[1:], block.stop], strict=True)]
-    if _pays(graph, block, inner):
+    if _pays(graph, block, inner, least):
         return tuple(inner)
-    deeper = [part for one in inner for part in _repeated(graph, one, depth + 1, legal)]
-    return tuple(deeper) if _pays(graph, block, deeper) else (block,)
+    deeper = [part for one in inner for part in _repeated(graph, one, depth + 1, legal, least)]
+    return tuple(deeper) if _pays(graph, block, deeper, least) else (block,)
 
 
-def _pays(graph: Graph, block: Block, parts: Sequence[Block]) -> bool:
+def _pays(graph: Graph, block: Block, parts: Sequence[Block], least: float) -> bool:
     distinct = {part.signature: part for part in parts}
     count = Counter(part.signature for part in parts)
     again = [part for s, part in distinct.items() if count[s] > 1]
     layers = all(sum(bool(graph.ops[i].flops) for i in part.ops) > 1 for part in again)
-    return bool(again) and layers and 2 * sum(len(part.ops) for part in distinct.values()) <= len(block.ops)
+    return bool(again) and layers and least * sum(len(part.ops) for part in distinct.values()) <= len(block.ops)
 
 
 def _common_path(graph: Graph, block: Block) -> tuple[str, ...]:

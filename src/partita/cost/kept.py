@@ -112,16 +112,19 @@ def lives(
     sent: Iterable[str] = (),
     train: bool = True,
     gone: Mapping[str, int] = MappingProxyType({}),
+    compiled: Sequence[tuple[int, int]] = (),
 ) -> Lives:
     """``index``: the segment's ops; ``kept``: of every op of the graph; ``recompute``: ranges of positions whose
     activations are dropped and made again: what enters one stays, what it saves comes back when it is undone. ``sent``:
     what others take: they keep it until they have its gradient; so does whoever makes a loss of the graph's outputs.
     ``gone``: bases that wait in host memory, and the position at which they have left in forward and are back in
-    backward (``away.ways``): nothing of them is ``saved``.
+    backward (``away.ways``): nothing of them is ``saved``. ``compiled``: ranges of positions that are one function:
+    what it saves goes when all of it has been undone.
     """
     n = len(index)
     position = {int(op): at for at, op in enumerate(index)}
     range_of: dict[int, tuple[int, int]] = {at: r for r in recompute for at in range(*r)} if train else {}
+    one_function = {at: start for start, stop in compiled for at in range(start, stop)}
     made = {graph.tensor(o).base or o: at for at, i in enumerate(index) for o in graph.ops[i].outputs if o}
     enters = _enters(graph, index, made, range_of)
     undone, done = np.zeros((n + 1, 2)), np.zeros((n + 1, 2))
@@ -141,7 +144,7 @@ def lives(
                 alive(undone, min(inside), gone[k.base], k.size)
                 continue
             again = [s for s in inside if here is not None and range_of.get(s) == here]
-            marks = [range_of[s][0] if s in range_of else s for s in inside if s not in again]
+            marks = [range_of[s][0] if s in range_of else one_function.get(s, s) for s in inside if s not in again]
             marks += [start for start in enters.get(k.base, ()) if k.base]
             if here is not None and again:
                 alive(undone, min(again), here[1], k.size)

@@ -104,15 +104,19 @@ def rises(
     lent: frozenset[str] = frozenset(),
     allowed: Mapping[str, int] | None = None,
     replicas: int = 1,
+    compiled: Sequence[tuple[int, int]] = (),
 ) -> Rises:
     """``index``: the ops, ``life``: of what they keep; ``apart``: weight gradients are products of their own
     (``is_apart``): there are several microbatches. ``elsewhere``: what they make that others take. ``lent``: parameters
     whose gradients stay elsewhere. ``allowed``: of so many ``replicas`` that make products together, ``leads``.
+    ``compiled``: ranges of positions that are one function, which hands over all its weights' gradients at its end.
     """
     total = np.array([life.saved.fixed, life.saved.per_sample])
     forward = _highest(graph, life.done - total)
     alive = life.undone + _gradients(graph, index, elsewhere) - total
     made, own, kept = _weights(graph, index, apart, lent)
+    for start, stop in compiled:
+        own[start:stop] = np.cumsum(own[start:stop][::-1])[::-1]
 
     def with_fixed(rows: Array, extra: Array) -> Lines:
         rows = rows.copy()

@@ -17,7 +17,7 @@ from partita.cost.affine import Affine, total
 from partita.cost.away import Going, Lent, Ranges, Trips, copies_alive, has_host, trips, ways
 from partita.cost.blocks import Block, profile_units
 from partita.cost.kept import Kept, Lives, given_bytes, kept_by_maker, lives, tensor_bytes
-from partita.cost.measured import Measured
+from partita.cost.measured import Measured, Timing
 from partita.cost.ops import op_cost, saved_tensors
 from partita.cost.pairs import is_apart
 from partita.cost.surge import Rises, parameters_of, parameters_of_op, rises, together
@@ -134,6 +134,21 @@ def cost_table(
     return CostTable(graph, parts, forward, backward, weight, saved, tuple(kept), first, given, users, alone)
 
 
+def priced_as(
+    arrays: Mapping[str, Array], kept: Sequence[tuple[Kept, ...]], ops: Sequence[int], timing: Timing, batch: int
+) -> list[tuple[Kept, ...]]:
+    """Writes what was measured of these ops together into the rows of ``arrays``; the rows of ``kept``, likewise."""
+    where, result = np.asarray(ops, dtype=np.int64), list(kept)
+    for name in ("forward", "backward", "weight", "first"):
+        rows = arrays[name][where]
+        _share(rows, getattr(timing, name), batch)
+        arrays[name][where] = rows
+    if timing.saved is not None:
+        for i, row in zip(ops, _rescaled([kept[i] for i in ops], timing.saved, batch, ops[0]), strict=True):
+            result[i] = row
+    return result
+
+
 def _alike(graph: Graph) -> tuple[Indices, list[int]]:
     """For each op the number of its kind, all of which cost the same; an example of each kind."""
     shapes: dict[object, int] = {}
@@ -179,29 +194,39 @@ def segment_cost(
     lent: Lent = (),
     device: Device | None = None,
     replicas: int = 0,
+    compiled: Ranges = (),
 ) -> SegmentCost:
     """Of these ops (indices). ``recompute``: ranges of positions in ``ops`` that run again in backward: their saved
     bytes shrink to what enters the range, their forward time is paid twice. ``apart``: it runs for several
     microbatches. ``train``: something is kept for backward. ``going``: what ops in the ranges ``offload`` save and
     what leaves the ``device`` till then (``Segment.away``); ``lent``: parameters that live there (``Segment.lent``).
-    ``replicas``: so many of a program's one stage.
+    ``replicas``: so many of a program's one stage. ``compiled``: ranges that are one function each. Where there are
+    any, no weight gradient of the segment counts as put off: of what is compiled none is, of the rest few would be.
     """
     graph, index = table.graph, np.asarray(ops, dtype=np.int64)
     if not len(index):
         return SegmentCost(Affine())
     forward = _sum(table.forward[kind][index])
     backward, weight = _sum(table.backward[kind][index]), _sum(table.weight[kind][index])
+    if compiled:
+        apart, inside = False, np.zeros(len(index), dtype=bool)
+        for start, stop in compiled:
+            inside[start:stop] = True
+        backward = backward + _sum(table.weight[kind][index[inside]])
+        weight = _sum(table.weight[kind][index[~inside]])
     for start, stop in recompute:
         backward = backward + _sum(table.forward[kind][index[start:stop]])
     made = [o for i in ops for o in graph.ops[i].outputs if o]
-    inside = set(map(int, ops))
-    elsewhere = frozenset(o for o in made if not inside.issuperset(table.users.get(o, ())))
+    mine = set(map(int, ops))
+    elsewhere = frozenset(o for o in made if not mine.issuperset(table.users.get(o, ())))
     positions, hosted = [int(i) for i in ops], bool(going or lent) and device is not None
     away = frozenset(n for _, names in lent for n in names) if device is not None and has_host(device) else frozenset()
 
     def living(there: bool) -> Lives:
         gone = ways(graph, offload, going, len(index), there=there, lent=lent) if train else {}
-        found = lives(graph, positions, table.kept, recompute, sent=elsewhere, train=train, gone=gone)
+        found = lives(
+            graph, positions, table.kept, recompute, sent=elsewhere, train=train, gone=gone, compiled=compiled
+        )
         if not lent:
             return found
         copies = copies_alive(graph, offload, going, lent, [graph.ops[i] for i in positions], there=there)
@@ -210,12 +235,14 @@ def segment_cost(
     life = living(True)
     held = frozenset(o for o in made if (graph.tensor(o).base or o) in life.stays)
     first = _sum(table.first[kind][index])
-    owed, later = _owed(graph, ops)
+    owed, later = _owed(graph, () if compiled else ops)
     allowed = together(graph, [int(i) for i in ops], recompute) if apart and replicas and train else None
     found, fetched = Trips(), Rises()
 
     def worst(life: Lives) -> Rises:
-        return rises(graph, index, life, elsewhere, apart=apart, lent=away, allowed=allowed, replicas=replicas)
+        return rises(
+            graph, index, life, elsewhere, apart=apart, lent=away, allowed=allowed, replicas=replicas, compiled=compiled
+        )
 
     if hosted and device is not None:
         fetched = worst(living(False))
@@ -225,7 +252,7 @@ def segment_cost(
     parameters = tuple(p for p in parameters_of(graph, ops) if p[0] not in away)
     return SegmentCost(
         forward, backward, weight, life.saved, held, parameters, first, worst(life), owed, later,
-        products(graph, ops),
+        products(graph, () if compiled else ops),
         *given_to(table, ops), alone=_alone(table, kind, index), trips=found,
         fetched=fetched,
     )  # fmt: skip
@@ -323,6 +350,7 @@ def segment_costs(program: Program, table: CostTable, cluster: Cluster) -> dict[
                 cost = segment_cost(
                     table, kind, ops, segment.recompute, apart=apart, train=program.train, offload=segment.offload,
                     going=segment.away, lent=segment.lent, device=devices[name], replicas=len(program.replicas),
+                    compiled=segment.compiled,
                 )  # fmt: skip
                 known[s, kind] = replace(cost, joined=_joined(table.graph, program, segment))
             result[s, name] = known[s, kind]

@@ -11,6 +11,7 @@ from torch import nn
 
 from partita.capture import Captured
 from partita.cluster import Cluster
+from partita.cost.blocks import Block
 from partita.cost.measured import Measured
 from partita.cost.table import cost_table
 from partita.measure.profile import BUDGET_SECONDS, kept, profile
@@ -31,12 +32,14 @@ def measure_call(
     sizes: Sequence[int] = (),
     train: bool = True,
     again: bool = False,
+    units: Sequence[Block] = (),
+    compiled: bool = False,
 ) -> Measured | None:
     """Timings of the model's parts on this machine's devices, with the call's own tensors; None where that is not
     possible (no real tensors, devices that are not here, user code that should not run twice) or not worth it (a step
     of less than 2 ms). A failure is told as a warning: planning then goes by counts.
     ``sizes``: samples of the microbatches to time, where not ``profile``'s own choice. ``again``: measured now,
-    whatever is kept on disk.
+    whatever is kept on disk. ``units``, ``compiled``: as ``profile`` has them.
     """
     if not _possible(captured, cluster):
         return None
@@ -57,7 +60,7 @@ def measure_call(
     try:
         return profile(
             captured, layouts(captured.graph), cluster, given=given, parameters=weights, sizes=sizes,
-            train=train, again=again,
+            train=train, again=again, units=units, compiled=compiled,
             budget_seconds=min(BUDGET_SECONDS, max(LEAST_BUDGET, STEPS_WORTH * step)),
         )  # fmt: skip
     except Exception as error:
@@ -70,12 +73,12 @@ def measure_call(
 
 
 def kept_timings(
-    captured: Captured, cluster: Cluster, *, sizes: Sequence[int] = (), train: bool = True
+    captured: Captured, cluster: Cluster, *, sizes: Sequence[int] = (), train: bool = True, units: Sequence[Block] = ()
 ) -> Measured | None:
     """What was measured of this model on these devices before; None where anything is missing."""
     if captured.live or not captured.graph.ops or not cluster.devices:
         return None
-    return kept(captured, layouts(captured.graph), cluster, sizes=sizes, train=train)
+    return kept(captured, layouts(captured.graph), cluster, sizes=sizes, train=train, units=units)
 
 
 def _possible(captured: Captured, cluster: Cluster) -> bool:

@@ -87,15 +87,19 @@ def profile(
     progress: bool = True,
     budget_seconds: float = BUDGET_SECONDS,
     again: bool = False,
+    units: Sequence[Block] = (),
+    compiled: bool = False,
 ) -> Measured:
     """Timings of the graph's units on the kinds of devices in the cluster, all of which must be here.
 
     ``given``: the call's tensors and the model's buffers by Graph name (left as they are); ``sizes``: samples of the
     microbatches to time (none: a replica's share of the batch and a quarter of that). What was measured before on this
     machine is read from disk, but for ``again``. ``budget_seconds`` bounds the repeats, not the first run of each unit.
+    ``units``: to be timed in place of ``profile_units``, all of the graph's ops in order; ``compiled``: as compiled
+    code, which takes minutes to make where it is not on disk yet.
     """
     batch_layouts = _timed_as(captured, batch_layouts)
-    parts = profile_units(captured.graph)
+    parts = tuple(units) or profile_units(captured.graph)
     counts = _sizes(captured, batch_layouts, cluster, sizes)
     known = store.read(parts, cluster, counts, train)
     if _complete(known, parts, cluster) and not again:
@@ -104,7 +108,9 @@ def profile(
     groups = _groups(cluster)
     with _random_state_kept(), progress_bar("measuring", len(groups) * MOST_ROUNDS, show=progress) as advance:
         for group in groups:
-            scripts = [_script(captured, batch_layouts, group, parts, n, given, parameters, train) for n in counts]
+            scripts = [
+                _script(captured, batch_layouts, group, parts, n, given, parameters, train, compiled) for n in counts
+            ]
             _rounds(group, scripts, train, budget_seconds / len(groups), advance)
             for kind in {d.kind for d in group}:
                 by_size = [numbers(script.samples(kind), script.units(parts)) for script in scripts]
@@ -116,11 +122,12 @@ def profile(
 
 
 def kept(
-    captured: Captured, batch_layouts: BatchLayouts, cluster: Cluster, *, sizes: Sequence[int] = (), train: bool = True
-) -> Measured | None:
+    captured: Captured, batch_layouts: BatchLayouts, cluster: Cluster, *, sizes: Sequence[int] = (), train: bool = True,
+    units: Sequence[Block] = (),
+) -> Measured | None:  # fmt: skip
     """What an earlier ``profile`` left on disk; None where a unit is missing."""
     batch_layouts = _timed_as(captured, batch_layouts)
-    parts = profile_units(captured.graph)
+    parts = tuple(units) or profile_units(captured.graph)
     known = store.read(parts, cluster, _sizes(captured, batch_layouts, cluster, sizes), train)
     return known if _complete(known, parts, cluster) else None
 
@@ -166,20 +173,23 @@ def _script(
     given: Tensors,
     parameters: Tensors,
     train: bool,
+    compiled: bool = False,
 ) -> _Script:
     """Every unit as a stage of its own, with its inputs at this number of samples."""
     graph = captured.graph
     batch = max(graph.batch, 1)
     split = Batch(batch, 2, (samples, batch - samples)) if samples < batch else Batch(batch, 1)
     home = group[0].name
-    stages = tuple(Stage((home,), ops=tuple(graph.ops[i].name for i in p.ops)) for p in parts)
+    every = ("",) if compiled else ()
+    stages = tuple(Stage((home,), ops=tuple(graph.ops[i].name for i in p.ops), compile=every) for p in parts)
     plan = Plan(stages, fingerprint=graph.fingerprint, devices=(home,), batch=split, schedule="gpipe")
     program = lower(graph, batch_layouts, plan, batch=batch, train=train, part="forward")
     copies = {name: t.detach().clone() for name, t in given.items()}
     shared = scene(captured, batch_layouts, program, copies, parameters, train=train)
     lanes = [_Lane(d, Rehearsal(shared, torch_device(d.name))) for d in group]
     chosen = _chosen(program, parts)
-    saved = lanes[0].rehearsal.open(_stand_ins(graph, program, parts, chosen))
+    with _threads_of(group[0]):
+        saved = lanes[0].rehearsal.open(_stand_ins(graph, program, parts, chosen))
     for lane in lanes[1:]:  # the same values, read only
         lane.rehearsal.once, lane.rehearsal.values = lanes[0].rehearsal.once, lanes[0].rehearsal.values
     return _Script(program, lanes, chosen, _chosen(program, parts, 1), saved)
@@ -307,6 +317,17 @@ def _clock(device: Device, kind: str, *, alone: bool) -> Callable[[], float]:
         return max((time.process_time() - begun[0]) / len(device.cores), time.thread_time() - begun[1])
 
     return clock
+
+
+@contextmanager
+def _threads_of(device: Device) -> Iterator[None]:
+    """This thread computes with as many threads as the device's own: compiled code is made for a number of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(device.cores) or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from partita.capture import Captured, decode_symbol
 from partita.program import Partial, Program, Split, Use
 from partita.runtime.codegen import SegmentCode, generate
+from partita.runtime.compiled import Compiler
 from partita.runtime.kernels import resolver
 from partita.runtime.weight_grad import WeightQueue, mark, use_queue
 from partita.sharding.batch import BatchLayouts
@@ -38,10 +39,14 @@ def scene(
     captured: Captured, layouts: BatchLayouts, program: Program, given: Tensors, parameters: Tensors, *, train: bool
 ) -> Scene:
     """The code a plan would run for each segment."""
+    compiler = Compiler()
     codes = tuple(
-        generate(captured.graph, s, layouts, index=i, symbols=decode_symbol, resolve=resolver(captured, program, s))
+        generate(
+            captured.graph, s, layouts, index=i, symbols=decode_symbol, resolve=resolver(captured, program, s),
+            compiler=compiler,
+        )
         for i, s in enumerate(program.segments)
-    )
+    )  # fmt: skip
     return Scene(captured, program, codes, {**captured.constants, **given}, parameters, train)
 
 
@@ -138,6 +143,9 @@ class Rehearsal:
                 self._stand_in(index, alike[index])
                 continue
             here: dict[int, int] = {}
+            if segment.compiled:  # first, so that no hook is at work while it is compiled
+                self.forward(index)
+                self.drop(index)
 
             def pack(tensor: torch.Tensor, here: dict[int, int] = here) -> torch.Tensor:
                 here[_address(tensor)] = tensor.untyped_storage().nbytes()

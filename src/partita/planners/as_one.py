@@ -39,6 +39,7 @@ def better(divided: Plan, united: Plan) -> Plan:
         f"{len(divided.stages[0].devices)} device{'s' if len(divided.stages[0].devices) > 1 else ''}: "
         f"{format_seconds(apart)} ({apart / together - 1:+.1%})",
         *(r for r in divided.reasons if "whole batch" in r or "cannot be cut" in r),
+        *(r for r in united.reasons if "compiled" in r),
     )
     predicted = replace(united.predicted, one_device_seconds=alone)
     return replace(united, devices=divided.devices, predicted=predicted, reasons=reasons)

@@ -38,6 +38,9 @@ class Constraints:
     or ops, ``Shard(0)`` or ``Replicate``) that such teams keep to. ``tp_within_node``: teams on one node only, or
     (False) over nodes too. ``zero``: ZeRO's level over replicas, 0 to 3, for a process a device (-1: open).
 
+    ``compile``: what ``torch.compile`` makes other code of; ``""``: everything; ``"auto"``, no tuple: where measuring
+    shows that it pays, which takes minutes. Nothing is compiled unasked.
+
     For described clusters only: ``sequence``: activations between products divided along the sequence, or not.
     ``stages_per_device``: stages that a device takes in turn (interleaving). ``place`` may name a kind of device there.
     """
@@ -59,6 +62,7 @@ class Constraints:
     tp_within_node: bool | None = None
     sequence: bool | None = None
     stages_per_device: int = 0
+    compile: str | tuple[str, ...] = ()
 
     @property
     def num_replicas(self) -> int:
@@ -170,6 +174,12 @@ def _degree(value: Any) -> bool | int:
     return value if isinstance(value, bool) else _count(value) or True
 
 
+def _compiled(value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, bool):
+        return ("",) if value else ()
+    return "auto" if value == "auto" else _names(value)
+
+
 def _schedule(value: Any) -> str:
     if value and value not in NAMES:
         raise ValueError(f"schedule {value!r} is not known; take one of {', '.join(NAMES)}")
@@ -205,7 +215,7 @@ READERS: Mapping[str, Callable[[Any], Any]] = {
     "keep_together": _groups, "split_before": _names, "place": _pairs, "recompute": _names, "offload": _names,
     "offload_parameters": _lent, "max_stages": _count, "stages": _count, "microbatches": _count,
     "schedule": _schedule, "replicas": _degree, "tensor": _count, "shard": _placements, "zero": _level,
-    "tp_within_node": _switch, "sequence": _switch, "stages_per_device": _count,
+    "tp_within_node": _switch, "sequence": _switch, "stages_per_device": _count, "compile": _compiled,
 }  # fmt: skip
 """How each constraint is read from plain data: strings, numbers, lists, mappings."""
 

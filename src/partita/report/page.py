@@ -8,7 +8,7 @@ from typing import Any
 
 from partita.errors import UsageError
 from partita.plan import Plan
-from partita.plan_text import counted, offloaded, shorten
+from partita.plan_text import compiles, counted, offloaded, shorten
 from partita.report.figures import compare, devices_of
 from partita.strict_yaml import write_text
 from partita.trace import Trace
@@ -34,6 +34,7 @@ def render(plan: Plan, predicted: Trace | None = None, measured: Trace | None = 
             "runs": shorten(stage.modules, 90) or f"{len(stage.ops)} ops",
             "recompute": shorten(stage.recompute, 60),
             "offload": offloaded(stage.offload, 60),
+            "compile": compiles(stage.compile, 60),
             "memory": counted([format_bytes(memory[d]) for d in stage.devices if d in memory]),
         }
         for stage in plan.stages

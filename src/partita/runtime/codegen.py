@@ -11,7 +11,7 @@ Tensors are deleted at their last use. Line numbers lead back to ops, so that an
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,9 +19,12 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from partita.capture import resolve
+from partita.compilable import is_loose
 from partita.graph import Arg, Graph, Op, Ref, Size, Symbol
 from partita.program import Segment
 from partita.runtime.away import away
+from partita.runtime.compiled import Compiler
 from partita.runtime.kernels import returns_sequence, rewritten
 from partita.sharding.batch import BatchLayouts
 
@@ -69,8 +72,10 @@ def _drops(last: Mapping[str, int]) -> dict[int, list[str]]:
 
 class _Writer:
     def __init__(
-        self, graph: Graph, segment: Segment, layouts: BatchLayouts, resolve: Resolve, symbols: Callable[[Symbol], Any]
-    ) -> None:
+        self, graph: Graph, segment: Segment, layouts: BatchLayouts, resolve: Resolve, symbols: Callable[[Symbol], Any],
+        compiler: Compiler | None = None,
+    ) -> None:  # fmt: skip
+        self.compiler = compiler
         self.graph, self.segment, self.layouts = graph, segment, layouts
         self.resolve, self.symbols = resolve, symbols
         self.ops = {op.name: op for op in graph.ops}
@@ -160,8 +165,13 @@ class _Writer:
         hosted = {a: b for a, b in self.segment.offload if a in lent or any(a <= i < b for i in self.going)}
         if hosted:
             self.lines.append("    outside = away(dev)")
+        together = dict(self.segment.compiled) if self.compiler is not None else {}
         i = 0
         while i < len(ops):
+            if i in together:
+                self.together(ops, i, together[i], drops, kept)
+                i = together[i]
+                continue
             if i in hosted:
                 self.hosted(ops, i, hosted[i], drops, lent)
                 i = hosted[i]
@@ -177,7 +187,7 @@ class _Writer:
                 i += 1
                 continue
             self.lines.append(f"    {NO_GRAD}")
-            while i < len(ops) and not ops[i].grad and i not in starts and i not in hosted:
+            while i < len(ops) and not ops[i].grad and not {i} & (starts.keys() | hosted.keys() | together.keys()):
                 self.call(ops[i], "        ")
                 self.drop(i, drops, "        ")
                 i += 1
@@ -210,6 +220,30 @@ class _Writer:
         dropped = {t for i in range(start, end) for t in drops.get(i, ())}
         self.lines += [f"        del {u}_" for name, u in own.items() if name not in dropped]
 
+    def together(self, ops: list[Op], start: int, end: int, drops: Mapping[int, list[str]], kept: set[str]) -> None:
+        """Ops [start, end) as one function of tensors, which is compiled when it first runs; random draws before it."""
+        assert self.compiler is not None
+        inside = ops[start:end]
+        for op in filter(is_loose, inside):
+            if not op.grad:
+                self.lines.append(f"    {NO_GRAD}")
+            self.call(op, "    " if op.grad else "        ")
+        part = _PartWriter(self, [op for op in inside if not is_loose(op)])
+        after = {t for op in ops[end:] for t in op.uses()} | kept
+        taken = part.write_part(after)
+        label = _common(op.module for op in part.ops_inside)
+        function = self.constant("part", self.compiler.part(label, "\n".join(part.lines), part.names))
+        results = []
+        for name in part.leaving:
+            self.variables[name] = variable = f"v{len(self.variables)}"
+            results.append(variable)
+        self.op_lines.append(
+            (len(self.lines) + 1, replace(part.ops_inside[0], target="compiled", source="", module=label))
+        )
+        left = f"{', '.join(results)}," if results else "_"
+        self.lines.append(f"    {left} = {function}({', '.join(['b', 'B', 'dev', *taken])})")
+        self.drop(start, {start: [t for i in range(start, end) for t in drops.get(i, ())]}, "    ")
+
     def range(self, ops: list[Op], start: int, end: int, kept: set[str]) -> set[str]:
         """Ops [start, end) as an inner function under activation checkpointing, but for ``kept`` each tensor dropped
         after its last use; the tensors that stay inside it.
@@ -238,6 +272,46 @@ class _Writer:
         return inside - set(leaving)
 
 
+class _PartWriter(_Writer):
+    """A function of tensors alone, spelt in the same way wherever the same ops stand. Sizes and device are globals."""
+
+    def __init__(self, around: _Writer, ops: list[Op]) -> None:
+        super().__init__(around.graph, around.segment, around.layouts, lambda op: resolve(op.target), around.symbols)
+        self.around, self.ops_inside = around, ops
+        self.names, self.variables, self.choice = {"no_grad": torch.no_grad}, {}, {}
+        self.inside = {o for op in ops for o in op.outputs if o}
+        self.taken: dict[str, str] = {}
+        self.leaving: list[str] = []
+
+    def arg(self, op: Op, arg: Arg, sizes: str) -> str:
+        if isinstance(arg, Ref) and arg.name not in self.inside:
+            outer = self.around.arg(op, arg, sizes)
+            return self.taken.setdefault(outer, f"a{len(self.taken)}")
+        return super().arg(op, arg, sizes)
+
+    def write_part(self, after: set[str]) -> list[str]:
+        """Writes the lines; the variables around it that it takes, in order. ``after``: tensors that others take."""
+        ops = self.ops_inside
+        self.leaving = [o for op in ops for o in op.outputs if o and o in after]
+        drops = _drops({t: i for t, i in _last_uses(ops, 0, len(ops)).items() if t in self.inside and t not in after})
+        for i, op in enumerate(ops):
+            if not op.grad:
+                self.lines.append("    with no_grad():")
+            self.call(op, "    " if op.grad else "        ")
+            self.drop(i, drops, "    " if op.grad else "        ")
+        self.lines.insert(0, f"def part({', '.join(self.taken.values())}):")
+        self.lines.append(f"    return ({''.join(f'{self.variables[t]}, ' for t in self.leaving)})")
+        return list(self.taken)
+
+
+def _common(modules: Iterable[str]) -> str:
+    """The module around all of these."""
+    paths = [m.split(".") for m in modules]
+    low, high = min(paths), max(paths)
+    n = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return ".".join(low[:n])
+
+
 def generate(
     graph: Graph,
     segment: Segment,
@@ -246,9 +320,11 @@ def generate(
     index: int,
     resolve: Resolve,
     symbols: Callable[[Symbol], Any],
+    compiler: Compiler | None = None,
 ) -> SegmentCode:
-    """The segment's function. ``resolve``: op -> callable; ``symbols``: Symbol -> torch constant."""
-    writer = _Writer(graph, segment, layouts, resolve, symbols)
+    """The segment's function. ``resolve``: op -> callable; ``symbols``: Symbol -> torch constant; ``compiler``: of the
+    ranges that are compiled (None: all runs as it is)."""
+    writer = _Writer(graph, segment, layouts, resolve, symbols, compiler)
     source, names = writer.write()
     filename = f"<partita segment {index}: {segment.phase} of stage {segment.stage}>"
     exec(compile(source, filename, "exec"), names)

@@ -19,6 +19,7 @@ from partita.runtime import weight_share
 from partita.runtime.allocator import keep_freed_memory
 from partita.runtime.codegen import SegmentCode, generate
 from partita.runtime.collectives import LocalGroup
+from partita.runtime.compiled import compiler_of
 from partita.runtime.kernels import resolver
 from partita.runtime.layout import cat
 from partita.runtime.spmd_seats import Seat, whole_gradients
@@ -58,6 +59,7 @@ class Local:
         self.torch_devices = {d.name: torch_device(d.name) for d in cluster.devices}
         if any(d.type == "cpu" for d in self.torch_devices.values()):
             keep_freed_memory()
+        self.compiler = compiler_of(team)
         self._lowered: dict[tuple[int, bool], Lowered] = {}
         self._sharing: dict[int, weight_share.Sharing | None] = {}
         self._divisions: dict[int, Lowered] = {}
@@ -92,7 +94,7 @@ class Local:
         return tuple(
             generate(
                 graph, segment, used, index=i, symbols=decode_symbol,
-                resolve=resolver(self.captured, program, segment, members=tensor[i]),
+                resolve=resolver(self.captured, program, segment, members=tensor[i]), compiler=self.compiler,
             )
             for i, segment in enumerate(program.segments)
         )  # fmt: skip

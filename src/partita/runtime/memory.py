@@ -12,7 +12,8 @@ import torch
 from partita.cost.away import has_host
 from partita.cost.memory import shares_memory
 from partita.runtime.loss import WithLoss
-from partita.runtime.meter import MemoryMeter, host_of, local_tensors, storage_bytes, under
+from partita.runtime.meter import MemoryMeter, host_of, local_tensors, note_made, storage_bytes, under
+from partita.torch_compat import compiled_allocations
 
 if TYPE_CHECKING:
     from partita.runtime.module import ParallelModule
@@ -38,7 +39,16 @@ def measure_memory(
     kept = {p: p.grad for p in module.parameters()}
     for parameter in kept:
         parameter.grad = None
+
+    def step() -> None:
+        if parallel.training:
+            parallel.train_step(*args, **dict(kwargs or {}))
+        else:
+            with torch.no_grad():
+                parallel(*args, **dict(kwargs or {}))
+
     try:
+        _compiled_first(parallel, step)
         owners = _owners(parallel, args, dict(kwargs or {}))
         meters = {device: MemoryMeter(adopt=True) for device in owners}
         apart = {host_of(d.name): MemoryMeter() for d in parallel._team.devices if has_host(d)}
@@ -62,11 +72,7 @@ def measure_memory(
         outside = MemoryMeter()
         meters.update(apart)
         with _metered(parallel, meters), outside:
-            if parallel.training:
-                parallel.train_step(*args, **dict(kwargs or {}))
-            else:
-                with torch.no_grad():
-                    parallel(*args, **dict(kwargs or {}))
+            step()
         unused = [name for name, meter in apart.items() if not meter.peak_bytes]
         found = {device: meter.peak_bytes for device, meter in meters.items() if device not in unused}
         return {**found, "caller": outside.peak_bytes}
@@ -133,6 +139,21 @@ def _metered(parallel: ParallelModule, meters: Mapping[str, MemoryMeter]) -> Ite
 
     team.run = run  # type: ignore[method-assign]
     try:
-        yield
+        with compiled_allocations(note_made):
+            yield
     finally:
         del team.run
+
+
+def _compiled_first(parallel: ParallelModule, step: Callable[[], object]) -> None:
+    """Run a step of which nothing stays, where the plan compiles: what a compilation takes is no step's."""
+    if not any(stage.compile for stage in parallel.plan.stages):
+        return
+    buffers = [(b, b.clone()) for b in parallel.module.buffers()]
+    with torch.random.fork_rng(devices=[]):
+        step()
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    for parameter in parallel.module.parameters():
+        parameter.grad = None

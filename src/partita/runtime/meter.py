@@ -162,6 +162,13 @@ def counted_on(device: str) -> Iterator[None]:
         _here.counted_on = None
 
 
+def note_made(tensor: torch.Tensor) -> None:
+    """Count a tensor that this thread made by no op."""
+    meter = getattr(_here, "counted_on", None) or getattr(_here, "mine", None)
+    if meter is not None:
+        meter.hold([tensor])
+
+
 def host_of(device: str) -> str:
     """What the host's memory is counted as, beside a device that is apart from it."""
     return f"host of {device}"
@@ -179,12 +186,12 @@ def under(meters: Mapping[str, MemoryMeter], device: str, job: Callable[[], None
     def metered() -> None:
         if device not in meters:
             return job()
-        _here.meters = meters
+        _here.meters, _here.mine = meters, meters[device]
         try:
             with meters[device]:
                 job()
         finally:
-            _here.meters = None
+            _here.meters = _here.mine = None
         return None
 
     return metered

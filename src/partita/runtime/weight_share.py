@@ -49,7 +49,8 @@ def sharing(graph: Graph, program: Program) -> Sharing | None:
     if not program.replicas or not program.train:
         return None
     segment = next(s for s in program.segments if s.phase == "split")
-    inside, number = set(segment.ops), {op.name: i for i, op in enumerate(graph.ops)}
+    inside = {name for at, name in enumerate(segment.ops) if not segment.is_compiled(at)}
+    number = {op.name: i for i, op in enumerate(graph.ops)}
     uses: dict[str, int] = {}
     for op in graph.ops:
         position = WEIGHT_ARGUMENT.get(op.target)
