@@ -14,7 +14,7 @@ from partita.plan import Plan, Stage
 from partita.plan_text import complete
 from partita.planners import auto as auto_module
 from partita.planners.auto import auto
-from partita.planners.explain import GIB
+from partita.planners.whatif import GIB
 from partita.predict import predict
 from partita.sharding.batch import layouts
 from partita.units import format_seconds

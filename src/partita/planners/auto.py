@@ -22,7 +22,6 @@ from partita.plan_text import explain_later
 from partita.planners.build import Built
 from partita.planners.conflicts import atoms, smallest_conflict
 from partita.planners.constraints import Constraints, Resolved
-from partita.planners.explain import later_reasons
 from partita.planners.objective import candidate_bytes
 from partita.planners.pricing import WORTH, Ranked, best_first, finished, price, rank, slowest_op
 from partita.planners.problem import Candidate, Infeasible, Optimal
@@ -40,6 +39,7 @@ from partita.planners.searching import (
     widen,
 )
 from partita.planners.task import Task, Variant
+from partita.planners.whatif import later_reasons
 from partita.planners.words import reasons, why_not
 from partita.sharding.batch import BatchLayouts, layouts
 from partita.units import format_seconds
