@@ -13,6 +13,7 @@ from batch_reference import aten, run_op
 from partita.graph import Arg, Graph, Op, Size
 from partita.runtime.collectives import LocalGroup
 from partita.runtime.spmd_ops import IN_GROUP
+from partita.runtime.waits import Waits
 from partita.sharding.batch import layouts
 from partita.sharding.choose import Choice
 from partita.sharding.options import Option, Ways
@@ -80,7 +81,8 @@ def run_members(
 ) -> list[tuple[dict[str, Any], dict[str, torch.Tensor | None]]]:
     """Of every member the results and the gradients of what came in."""
     failed: list[BaseException] = []
-    groups = LocalGroup.make(len(local), lambda: bool(failed))
+    waits = Waits()
+    groups = LocalGroup.make(len(local), waits)
     found: list[Any] = [None] * len(local)
 
     def work(rank: int) -> None:
@@ -95,6 +97,7 @@ def run_members(
             found[rank] = run_graph(local[rank].graph, leaves, weights, resolve, grad=grad)
         except BaseException as error:
             failed.append(error)
+            waits.stopped = True
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(local))]
     for thread in threads:

@@ -11,6 +11,7 @@ import torch
 
 from partita.runtime.collectives import LocalGroup
 from partita.runtime.spmd_ops import exchange, gathered, own_rows
+from partita.runtime.waits import Waits
 from partita.sharding.placements import Cut, Shard
 from partita.sharding.prices import Prices, conversion
 
@@ -21,7 +22,7 @@ Rounds = tuple[tuple[int, ...], ...]
 
 
 def together(work: Callable[[LocalGroup], Any]) -> list[Any]:
-    groups = LocalGroup.make(3, lambda: False)
+    groups = LocalGroup.make(3, Waits())
     found: list[Any] = [None] * 3
 
     def run(rank: int) -> None:

@@ -18,7 +18,7 @@ from spmd_reference import check, frozen, options
 from test_sharding_rules import CASES, _target
 
 from partita.runtime.collectives import LocalGroup
-from partita.runtime.transport import Stopped
+from partita.runtime.waits import Stopped, Waits
 from partita.sharding.eliminate import cheapest
 from partita.sharding.placements import REPLICATE, Cut, apart, even, inside
 
@@ -152,17 +152,17 @@ def test_every_member_gets_the_same_bits_and_a_stop_ends_the_wait() -> None:
         return found
 
     given = [torch.randn(1001) * 10.0**k for k in range(3)]
-    sums = together(lambda g: g.all_reduce(given[g.rank]), LocalGroup.make(3, lambda: False))
+    sums = together(lambda g: g.all_reduce(given[g.rank]), LocalGroup.make(3, Waits()))
     assert all(torch.equal(sums[0], other) for other in sums)
     torch.testing.assert_close(sums[0], given[0] + given[1] + given[2])
-    parts = together(lambda g: g.reduce_scatter(given[g.rank], 0, (500, 500, 1)), LocalGroup.make(3, lambda: False))
+    parts = together(lambda g: g.reduce_scatter(given[g.rank], 0, (500, 500, 1)), LocalGroup.make(3, Waits()))
     torch.testing.assert_close(torch.cat(parts), sums[0])
-    over: list[bool] = []
+    waits = Waits()
 
     def late(group: LocalGroup) -> Any:
         if group.rank == 2:
-            over.append(True)  # never comes
+            waits.stopped = True  # never comes
             return "gone"
         return group.all_reduce(given[0])
 
-    assert together(late, LocalGroup.make(3, lambda: bool(over))) == ["stopped", "stopped", "gone"]
+    assert together(late, LocalGroup.make(3, waits)) == ["stopped", "stopped", "gone"]

@@ -23,7 +23,8 @@ from partita.sharding.spmd import Local, Part, localise
 @dataclass(frozen=True, slots=True)
 class Division:
     """``members``: local graph of each rank. ``stage_of``, ``phases``: of every op of them. ``choices``: stage -> what
-    its group divides. ``groups``: leader -> members. ``clones``: buffers every member but the leader keeps a copy of.
+    its group divides. ``groups``: leader -> members. ``clones``: what undivided ops change, of which
+    members other than the leader have a copy: buffers and inputs; ``rewritten``: parameters, where they share memory.
     """
 
     members: tuple[Local, ...]
@@ -32,6 +33,7 @@ class Division:
     choices: Mapping[int, Choice]
     groups: tuple[tuple[str, tuple[str, ...]], ...]
     clones: frozenset[str]
+    rewritten: frozenset[str] = frozenset()
 
     @property
     def graph(self) -> Graph:
@@ -81,7 +83,8 @@ def divide(
     origin = members[0].origin
     stage_of = {op.name: stage_of[origin.get(op.name, op.name)] for op in members[0].graph.ops}
     phases = {op.name: phases[origin.get(op.name, op.name)] for op in members[0].graph.ops}
-    return Division(members, stage_of, phases, choices, groups_of(plan), _clones(graph, parts))
+    return Division(members, stage_of, phases, choices, groups_of(plan),
+                    _clones(graph, parts, "buffer", "input"), _clones(graph, parts, "parameter"))  # fmt: skip
 
 
 def _outside(graph: Graph, stage_of: Mapping[str, int], phases: Mapping[str, str]) -> frozenset[str]:
@@ -107,11 +110,11 @@ def _shared(graph: Graph, stage_of: Mapping[str, int], phases: Mapping[str, str]
     return frozenset(name for name, stages in users.items() if len(stages) > 1 or -1 in stages)
 
 
-def _clones(graph: Graph, parts: list[Part]) -> frozenset[str]:
-    """Buffers and inputs that undivided ops of a divided stage change: the leader changes them, the others a copy."""
+def _clones(graph: Graph, parts: list[Part], *roles: str) -> frozenset[str]:
+    """What comes from outside and undivided ops of a divided stage change: the leader changes it, the others a copy."""
     found: set[str] = set()
     for part in parts:
         for op in graph.ops:
             if op.name in part.ops and part.choice.options[op.name].way == "replicated":
-                found.update(base for base in op.writes if graph.tensor(base).role in ("buffer", "input"))
+                found.update(base for base in op.writes if graph.tensor(base).role in roles)
     return frozenset(found)

@@ -14,7 +14,7 @@ is a ``Symbol``; ``shape`` may hold ``Size``s, evaluated at the full batch. ``at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -78,6 +78,11 @@ def may_draw(call: Call) -> bool:
     if packet(call.target) in ("aten.dropout", "aten.dropout_", "aten.feature_dropout", "aten.feature_dropout_"):
         return _training(2)(call)
     return draws(call)
+
+
+def inactive(bound: Mapping[str, Any]) -> bool:
+    """Whether a dropout with these arguments gives its input itself, as ATen's does."""
+    return bound["p"] == 0 or not bound["train"] or bound["input"].numel() == 0
 
 
 def memory_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:

@@ -72,6 +72,18 @@ def drawn(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def told(function: Callable[..., Any], op: str) -> Callable[..., Any]:
+    """What the members of a group run together; a member that waits for others can say for which op."""
+
+    def run(*args: Any, group: Group, **kwargs: Any) -> Any:
+        group.op = op
+        return function(*args, group=group, **kwargs)
+
+    run.in_group = True  # type: ignore[attr-defined]
+    run.returns_sequence = returns_sequence(function)  # type: ignore[attr-defined]
+    return run
+
+
 def returns_sequence(function: Callable[..., Any]) -> bool:
     """Whether a call gives a list or tuple even where it holds one tensor (``split``, ``unbind``, user code)."""
     schema = getattr(function, "_schema", None)
@@ -92,9 +104,9 @@ def resolver(
 
     def find(op: Op) -> Callable[..., Any]:
         if op.target in IN_GROUP:
-            return IN_GROUP[op.target]
+            return told(IN_GROUP[op.target], op.name)
         if op.random and members > 1:
-            return drawn(plain(op))
+            return told(drawn(plain(op)), op.name)
         return plain(op)
 
     def plain(op: Op) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ from partita.runtime.spmd_seats import places as seats
 from partita.runtime.sync_norm import Gathering, join
 from partita.runtime.team import Team
 from partita.runtime.transport import Exchange
+from partita.runtime.waits import Waits
 from partita.runtime.worker import DeviceState, StepState, Worker
 from partita.sharding.batch import BatchLayouts
 from partita.torch_compat import has_grad_hooks
@@ -50,9 +51,9 @@ class Lowered:
 
 class Local:
     """One captured model under one plan on the devices of this process. ``repeats``: whether backward can run more
-    than once after one forward."""
+    than once after one forward. ``shares_memory``: whether the members of a group see one memory of a parameter."""
 
-    repeats = True
+    repeats = shares_memory = True
 
     def __init__(self, captured: Captured, layouts: BatchLayouts, plan: Plan, cluster: Cluster, team: Team) -> None:
         self.captured, self.layouts, self.plan, self.team = captured, layouts, plan, team
@@ -132,6 +133,8 @@ class Local:
         for where, (_, rank, _) in seats(program).items() if lowered is not None else ():
             if rank and lowered is not None and lowered.division is not None:
                 clones = {n: given[n].clone() for n in lowered.division.clones if n in given}
+                if self.shares_memory:
+                    clones |= {n: parameters[n].detach().clone() for n in lowered.division.rewritten if n in parameters}
                 state.devices[where].clones = clones
         return state
 
@@ -139,9 +142,9 @@ class Local:
         """Every device walks its list of ``program``; returns when all have."""
         if program.groups:
             return self._run_groups(state, program)
-        exchange = Exchange(program.devices)
-        meeting = Gathering(len(program.sizes), lambda: exchange.stopped) if program.synchronised else None
-        shared = self._shared(state, program, lambda: exchange.stopped)
+        exchange = Exchange(program.devices, [device for device, instructions in program.instructions if instructions])
+        meeting = Gathering(len(program.sizes), exchange.waits) if program.synchronised else None
+        shared = self._shared(state, program, exchange.waits)
         ranks = {place: m for places in program.placement if len(places) > 1 for m, place in enumerate(places)}
         self.team.run(
             {
@@ -160,35 +163,38 @@ class Local:
         division = lowered.division
         assert division is not None
         where = seats(program)
-        exchange = Exchange(tuple(where))
-
-        def stopped() -> bool:
-            return exchange.stopped
-
-        groups = {d: LocalGroup.make(size, stopped) for d, (_, rank, size) in where.items() if rank == 0 and size > 1}
+        lists = dict(program.instructions)
+        exchange = Exchange(tuple(where), [device for device, (leader, _, _) in where.items() if lists.get(leader)])
+        for leader, (_, rank, size) in where.items():
+            if leader in state.groups:  # autograd holds the sides that the forward used
+                LocalGroup.begin(state.groups[leader], exchange.waits)
+            elif rank == 0 and size > 1:
+                state.groups[leader] = LocalGroup.make(size, exchange.waits)
         most = max(size for _, _, size in where.values())
-        meetings = [Gathering(len(program.sizes), stopped) if program.synchronised else None for _ in range(most)]
+        meetings = [
+            Gathering(len(program.sizes), exchange.waits) if program.synchronised else None for _ in range(most)
+        ]
         ranks = {place: m for spread in program.placement if len(spread) > 1 for m, place in enumerate(spread)}
         jobs = {}
         for device, (leader, rank, size) in where.items():
-            instructions = dict(program.instructions).get(leader, ())
+            instructions = lists.get(leader, ())
             if not instructions:
                 continue
             local = division.members[rank]
-            group = groups[leader][rank] if size > 1 else None
+            group = state.groups[leader][rank] if size > 1 else None
             seat = Seat(leader, rank, size, group, local.graph, lowered.members[rank], local.shards if size > 1 else {})
             worker = Worker(device, state, exchange, seat)
             jobs[device] = _walk(worker, instructions, meetings[rank], ranks.get(leader, 0), None)
         self.team.run(jobs, exchange.stop)
 
-    def _shared(self, state: StepState, program: Program, stopped: Callable[[], bool]) -> weight_share.Meeting | None:
+    def _shared(self, state: StepState, program: Program, waits: Waits) -> weight_share.Meeting | None:
         """Where this program's replicas make their weight gradients together; None where there are none to make."""
         if id(program) not in self._sharing:
             backward = any(i.kind == "B" for _, order in program.instructions for i in order)
             local = all(self.torch_devices[d].type == "cpu" for d in program.devices)
             self._sharing[id(program)] = weight_share.sharing(state.graph, program) if backward and local else None
         found = self._sharing[id(program)]
-        return weight_share.Meeting(found, stopped) if found is not None else None
+        return weight_share.Meeting(found, waits) if found is not None else None
 
     def gather(self, state: StepState, name: str, device: torch.device) -> torch.Tensor:
         """One output of the model, of all microbatches."""
@@ -321,9 +327,10 @@ def _walk(
         share = weight_share.Shared(weights, worker.name) if weights is not None else None
         worker.mine.queue.share = share
         try:
-            worker.walk(instructions)
-            if share is not None:
-                share.end(worker.noted)
+            with worker.exchange.waits.walking(worker.name, worker.doing):
+                worker.walk(instructions)
+                if share is not None:
+                    share.end(worker.noted)
         finally:
             worker.mine.queue.share = None
             join(None, 0)

@@ -110,6 +110,19 @@ def scattered(group: Group, tensor: torch.Tensor, dim: int, rounds: Rounds) -> t
     return group.reduce_scatter(tensor.contiguous(), dim, sizes)
 
 
+def _noted(ctx: Any, group: Group) -> Group:
+    """The group of this call, kept for its backward."""
+    ctx.group, ctx.op = group, group.op
+    return group
+
+
+def _of(ctx: Any) -> Group:
+    """The group again, in the backward of what was noted."""
+    group: Group = ctx.group
+    group.op = f"the backward of {ctx.op}"
+    return group
+
+
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, x: torch.Tensor) -> torch.Tensor:
@@ -123,35 +136,35 @@ class _AllReduce(torch.autograd.Function):
 class _Copied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, x: torch.Tensor) -> torch.Tensor:
-        ctx.group = group
+        _noted(ctx, group)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, ctx.group.all_reduce(grads[0].contiguous())
+        return None, _of(ctx).all_reduce(grads[0].contiguous())
 
 
 class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, x: torch.Tensor, dim: int, rounds: Rounds) -> torch.Tensor:
-        ctx.group, ctx.dim, ctx.rounds = group, dim, rounds
-        return own_rows(x, dim, rounds, group.rank)
+        ctx.dim, ctx.rounds = dim, rounds
+        return own_rows(x, dim, rounds, _noted(ctx, group).rank)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, gathered(ctx.group, grads[0], ctx.dim, ctx.rounds), None, None
+        return None, gathered(_of(ctx), grads[0], ctx.dim, ctx.rounds), None, None
 
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, x: torch.Tensor, dim: int, rounds: Rounds, partial: bool) -> torch.Tensor:
-        ctx.group, ctx.dim, ctx.rounds, ctx.partial = group, dim, rounds, partial
-        return gathered(group, x, dim, rounds)
+        ctx.dim, ctx.rounds, ctx.partial = dim, rounds, partial
+        return gathered(_noted(ctx, group), x, dim, rounds)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.partial:
-            found = scattered(ctx.group, grads[0], ctx.dim, ctx.rounds)
+            found = scattered(_of(ctx), grads[0], ctx.dim, ctx.rounds)
         else:
             found = own_rows(grads[0], ctx.dim, ctx.rounds, ctx.group.rank)
         return None, found, None, None, None
@@ -160,12 +173,12 @@ class _AllGather(torch.autograd.Function):
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, x: torch.Tensor, dim: int, rounds: Rounds) -> torch.Tensor:
-        ctx.group, ctx.dim, ctx.rounds = group, dim, rounds
-        return scattered(group, x, dim, rounds)
+        ctx.dim, ctx.rounds = dim, rounds
+        return scattered(_noted(ctx, group), x, dim, rounds)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, gathered(ctx.group, grads[0], ctx.dim, ctx.rounds), None, None
+        return None, gathered(_of(ctx), grads[0], ctx.dim, ctx.rounds), None, None
 
 
 class _Exchange(torch.autograd.Function):
@@ -173,12 +186,12 @@ class _Exchange(torch.autograd.Function):
     def forward(
         ctx: Any, group: Group, x: torch.Tensor, held: int, held_rounds: Rounds, dim: int, rounds: Rounds
     ) -> torch.Tensor:
-        ctx.group, ctx.back = group, (dim, rounds, held, held_rounds)
-        return exchanged(group, x, held, held_rounds, dim, rounds)
+        ctx.back = dim, rounds, held, held_rounds
+        return exchanged(_noted(ctx, group), x, held, held_rounds, dim, rounds)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, exchanged(ctx.group, grads[0], *ctx.back), None, None, None, None
+        return None, exchanged(_of(ctx), grads[0], *ctx.back), None, None, None, None
 
 
 def all_reduce(x: torch.Tensor, *, group: Group) -> torch.Tensor:

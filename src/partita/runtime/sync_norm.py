@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from partita.runtime.transport import Stopped
+from partita.runtime.waits import Stopped, Waits
 
 PATIENCE = 3e-4  # seconds to look again and again before a thread goes to sleep: waking up takes as long
 
@@ -29,15 +29,16 @@ class Gathering:
 
     keeps_own = False  # the running averages are one memory, which rank 0 updates
 
-    def __init__(self, parties: int, stopped: Callable[[], bool]) -> None:
+    def __init__(self, parties: int, waits: Waits) -> None:
         self.parties = parties
-        self._stopped = stopped
+        self._waits = waits
         self._brought: dict[Hashable, dict[int, Any]] = {}
         self._left: dict[Hashable, int] = {}
         self._changed = threading.Condition()
 
-    def gather(self, key: Hashable, rank: int, value: Any) -> list[Any]:
-        """Everybody's values for ``key``. Raises Stopped when the step was stopped."""
+    def gather(self, key: Hashable, rank: int, value: Any, what: str = "") -> list[Any]:
+        """Everybody's values for ``key``; ``what`` it is for, in words. Raises Stopped when the step was stopped,
+        Deadlock where somebody cannot come."""
         with self._changed:
             found = self._brought.setdefault(key, {})
             found[rank] = value
@@ -46,11 +47,13 @@ class Gathering:
         limit = time.perf_counter() + PATIENCE
         while len(found) < self.parties and time.perf_counter() < limit:
             time.sleep(0)
+        if len(found) < self.parties:
+            with self._waits.waiting(what or str(key), lambda: len(found) == self.parties), self._changed:
+                while len(found) < self.parties:
+                    if self._waits.stopped:
+                        raise Stopped
+                    self._changed.wait(0.2)
         with self._changed:
-            while len(found) < self.parties:
-                if self._stopped():
-                    raise Stopped
-                self._changed.wait(0.2)
             self._left[key] = self._left.get(key, 0) + 1
             if self._left[key] == self.parties:
                 del self._brought[key], self._left[key]

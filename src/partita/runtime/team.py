@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 
 from partita.cluster import Device
-from partita.runtime.transport import Stopped
+from partita.runtime.waits import Stopped
 
 Job = Callable[[], None]
 

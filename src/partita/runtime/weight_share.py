@@ -30,7 +30,7 @@ from partita.cost.surge import together
 from partita.graph import Graph, Ref
 from partita.program import Program
 from partita.runtime.meter import counted_on
-from partita.runtime.transport import Stopped
+from partita.runtime.waits import Stopped, Waits
 from partita.runtime.weight_grad import WEIGHT_ARGUMENT, Gradient
 
 
@@ -85,9 +85,9 @@ class _Product:
 class Meeting:
     """One step's exchange of pairs between the replicas."""
 
-    def __init__(self, sharing: Sharing, stopped: Callable[[], bool]) -> None:
+    def __init__(self, sharing: Sharing, waits: Waits) -> None:
         self.sharing = sharing
-        self._stopped = stopped
+        self._waits = waits
         self._owed: dict[str, list[_Owed]] = {}
         self._ready: deque[_Product] = deque()  # one entry a part
         self._finish: list[Callable[[], None]] = []
@@ -156,7 +156,7 @@ class Meeting:
             with self._changed:
                 if self._kept[device] < lead:
                     return
-                if self._stopped():
+                if self._waits.stopped:
                     raise Stopped
                 if not self._ready:
                     self._waiting.add(device)
@@ -167,6 +167,17 @@ class Meeting:
                     if alone:  # each waits for another's pair
                         return
             self.make_ready(device, behind=True)
+
+    def _wait(self, what: str, ready: Callable[[], bool]) -> None:
+        """Until ``ready()``, which is looked at where nobody changes what it sees."""
+        with self._changed:
+            if ready():
+                return
+        with self._waits.waiting(what, ready), self._changed:
+            while not ready():
+                if self._waits.stopped:
+                    raise Stopped
+                self._changed.wait(0.2)
 
     def _works(self, owed: list[_Owed]) -> list[Work]:
         """All of one weight's pairs: parts of one product where they are of one op and it is large, else one piece."""
@@ -196,13 +207,15 @@ class Meeting:
                 if len(self._ended) == len(self.sharing.replicas):
                     left = list(self._owed.values()) if device == self.sharing.replicas[0] else []
                     break
-                if self._stopped():
-                    raise Stopped
-                self._changed.wait(0.2)
+            self._wait("the end of all replicas", self._go_on)
         for owed in left:
             for work in self._works(owed):
                 with note():
                     self._do(device, work)
+
+    def _go_on(self) -> bool:
+        """Whether somebody whose backward is over has something to do, or nothing to wait for."""
+        return bool(self._ready) or len(self._ended) == len(self.sharing.replicas)
 
     def finish(self) -> None:
         """When all devices have ended: what was made in parts becomes the weights' gradients."""

@@ -21,10 +21,12 @@ from partita.graph import Graph
 from partita.program import Fixed, Instruction, Partial, Program, Split, Use, Whole
 from partita.runtime.away import Traffic, use_traffic
 from partita.runtime.codegen import SegmentCode
+from partita.runtime.collectives import LocalGroup
 from partita.runtime.layout import cat
 from partita.runtime.route import Inlet, Route, Step, parts, route
 from partita.runtime.spmd_seats import Seat, receivers
-from partita.runtime.transport import Exchange, Stopped
+from partita.runtime.transport import Exchange
+from partita.runtime.waits import Deadlock, Stopped
 from partita.runtime.weight_grad import WeightQueue, mark, use_queue
 from partita.torch_compat import run_backward
 from partita.trace import Event
@@ -65,7 +67,7 @@ class DeviceState:
 @dataclass(eq=False)
 class StepState:
     """One step: what the caller gave, what each device holds, what came out. ``keeps``: this backward is not the last
-    one, so what it goes through stays."""
+    one, so what it goes through stays. ``groups``: leader -> the sides of its group's members."""
 
     graph: Graph
     program: Program
@@ -81,6 +83,7 @@ class StepState:
     origin: float = field(default_factory=perf_counter)
     record: bool = False
     keeps: bool = False
+    groups: dict[str, tuple[LocalGroup, ...]] = field(default_factory=dict)
     inference: bool = field(default_factory=torch.is_inference_mode_enabled)
     batch: int = field(init=False)
 
@@ -106,6 +109,16 @@ class Worker:
         self.owed: list[object] = []
         self.lent: frozenset[str] = frozenset()
         self.parts: dict[tuple[str, int, int], tuple[torch.Tensor, ...]] = {}
+        self.at: Instruction | None = None
+
+    def doing(self) -> str:
+        """Where it is, in words."""
+        if self.at is None:
+            return "at its beginning"
+        segment = self.state.program.segments[self.at.segment]
+        kind = {"F": "forward", "B": "backward", "W": "weight gradients"}.get(self.at.kind, str(self.at))
+        what = f"{kind} of {'stage ' + str(segment.stage) if segment.stage >= 0 else 'the first part'}"
+        return what if self.at.microbatch < 0 else f"{what}, microbatch {self.at.microbatch}"
 
     def walk(self, instructions: tuple[Instruction, ...]) -> None:
         state, exchange, values = self.state, self.exchange, self.mine.values
@@ -123,6 +136,7 @@ class Worker:
                 for step in route.steps:
                     if exchange.stopped:
                         raise Stopped
+                    self.at = step.instruction
                     if state.record:
                         start = perf_counter()
                     do[step.instruction.kind](step)
@@ -181,7 +195,7 @@ class Worker:
             arguments.append(value)
         try:
             outputs = self.codes[index].run(step.samples, state.batch, mine.device, *arguments, group=self.group)
-        except Stopped:
+        except (Stopped, Deadlock):
             raise
         except Exception as error:
             raise self.failure(index, error) from error
@@ -261,7 +275,7 @@ class Worker:
     def alias(self, name: str) -> torch.Tensor:
         """This device's leaf over the parameter's memory, made."""
         parameter = self.state.parameters[name]
-        found = parameter.detach()
+        found = self.mine.clones.get(name, parameter).detach()
         if self.seat is not None:
             found = self.seat.rows(name, found).detach()
         lent = name in self.lent
@@ -291,6 +305,8 @@ class Worker:
         try:
             if roots:
                 run_backward(roots, grads, keeps)
+        except (Stopped, Deadlock):
+            raise
         except Exception as error:
             raise self.failure(index, error, "backward of ") from error
         for inlet, leaf in run.leaves:
@@ -309,6 +325,8 @@ class Worker:
             owed, self.owed = self.owed, []
             try:
                 self.mine.queue.flush(owed)
+            except (Stopped, Deadlock):
+                raise
             except Exception as error:
                 raise self.failure(step.instruction.segment, error, "weight gradients of ") from error
 

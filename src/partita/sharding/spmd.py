@@ -134,19 +134,17 @@ class _Writer:
         option = part.choice.options[op.name]
         operands = Call(op, self.graph).operands()
         names = [self.version(t.name, wanted, op, part) for t, wanted in zip(operands, option.inputs, strict=True)]
-        moved = any(a != t.name for a, t in zip(names, operands, strict=True))
+        twin = self.twin(op, option, [a != t.name for a, t in zip(names, operands, strict=True)])
         if op.target in ("aten.view.default", "aten._unsafe_view.default") and op.name not in self.still:
             op = replace(op, target="aten.reshape.default")  # own rows need not lie as the whole did
-        target = op.target
-        if functional(self.graph, op) and (option.way != "replicated" or moved):
-            base, _, overload = target.rpartition(".")
-            target = f"{base[:-1]}.{overload}"
-            op = replace(op, target=target, writes=())
+        if twin:
+            base, _, overload = op.target.rpartition(".")
+            op = replace(op, target=f"{base[:-1]}.{overload}", writes=())
         outputs = []
         for name, placement in zip(op.outputs, option.outputs, strict=True):
             outputs.append(self.output(name, placement, op) if name else "")
         local = [self.tensors[n].shape for n in names], [self.tensors[n].shape if n else () for n in outputs]
-        if target != op.target or option.way != "replicated":
+        if twin or option.way != "replicated":
             for name in filter(None, outputs):
                 self.tensors[name] = replace(self.tensors[name], base="")
         substituted = iter(names)
@@ -166,6 +164,14 @@ class _Writer:
         for name, own in zip(op.outputs, outputs, strict=True):
             if name and own != name:
                 self.whole(name, own, op, part)
+
+    def twin(self, op: Op, option: Option, moved: Sequence[bool]) -> bool:
+        """Whether an op that works in place runs as the one that makes a new tensor: where it would change something
+        else than the model's own tensor. Where that is read again (``still``) it must be changed; there every member
+        holds it whole, whatever has to be moved for the other operands."""
+        if not functional(self.graph, op):
+            return False
+        return moved[0] if op.name in self.still else option.way != "replicated" or any(moved)
 
     def output(self, name: str, placement: Placement, op: Op) -> str:
         """The name under which an op's result comes, and what is known of it."""

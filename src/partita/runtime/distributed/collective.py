@@ -114,7 +114,7 @@ class RankGroup:
     """``runtime.collectives.Group`` over these ranks: what a divided op's members do together."""
 
     def __init__(self, members: Members) -> None:
-        self._members, self.rank, self.size = members, members.position, members.size
+        self._members, self.rank, self.size, self.op = members, members.position, members.size, ""
 
     def all_reduce(self, tensor: torch.Tensor, how: str = "sum") -> torch.Tensor:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)

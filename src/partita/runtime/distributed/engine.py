@@ -38,6 +38,7 @@ from partita.trace import Trace
 class Distributed(Local):
     """One captured model under one plan on the ranks of a World."""
 
+    shares_memory = False  # every rank has its own, and changes it itself
     repeats = False  # what other ranks' parts were gathered for is gone after a backward
 
     def __init__(
