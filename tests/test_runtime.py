@@ -716,3 +716,30 @@ def test_stages_in_a_v_give_the_unsplit_models_numbers(schedule: str) -> None:
     stages = tuple(Stage((name,), modules=(str(i),)) for i, name in enumerate(names))
     plan = Plan(stages, devices=names[:2], batch=Batch(8, 4), schedule=schedule)
     assert partita.verify(model, (x,), plan=plan).ok
+
+
+class Viewed(nn.Module):
+    """One sample's gradient of ``tokens`` is a view of the gradient of what they are added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.tokens = nn.Linear(4, 8), nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.tokens.view(1, 8).expand(len(x), 8)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+def test_gradients_that_autograd_keeps_as_views_of_others_do_not_change_these(schedule: str) -> None:
+    torch.manual_seed(0)
+    model, x, w = Viewed(), torch.randn(3, 4), torch.randn(3, 8, requires_grad=True)
+    parallel = divided(model, (x,), microbatches=3, schedule=schedule)
+    found = []
+    for call in (model, parallel):
+        model.zero_grad()
+        w.grad = None
+        ((call(x) + w * 2).tanh() ** 2).sum().backward()
+        found.append([p.grad for p in (*model.parameters(), w)])
+    parallel.close()
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)

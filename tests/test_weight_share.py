@@ -14,6 +14,7 @@ from partita.plan import Batch, Plan, Stage
 from partita.runtime import weight_grad, weight_share
 from partita.runtime.compare import compare, observe
 from partita.runtime.module import ParallelModule
+from partita.runtime.waits import Waits
 
 
 class Tied(nn.Module):
@@ -142,7 +143,7 @@ def test_products_made_after_the_last_instruction_are_in_the_trace(monkeypatch: 
 
 def test_replicas_whose_pairs_come_in_different_orders_do_not_wait_for_ever() -> None:
     sharing = weight_share.Sharing({"a": 1, "b": 1}, ("cpu:0", "cpu:1"), {"a": 1, "b": 1})
-    meeting = weight_share.Meeting(sharing, lambda: False)
+    meeting = weight_share.Meeting(sharing, Waits())
     weights = {name: torch.zeros(4, 4, requires_grad=True) for name in "ab"}
 
     def hand_in(device: str, order: str) -> None:

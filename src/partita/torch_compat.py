@@ -58,6 +58,7 @@ __all__ = [
     "run_backward",
     "safe_softmax",
     "saving_is_hooked",
+    "shares_storage",
     "storage_key",
     "tcp_store",
     "transforming",
@@ -248,6 +249,12 @@ def run_backward(roots: Sequence[object], grads: Sequence[torch.Tensor], keeps: 
         _ENGINE.run_backward(
             tuple(roots), tuple(grads), keeps, False, (), allow_unreachable=True, accumulate_grad=True
         )  # retain_graph, create_graph, inputs
+
+
+def shares_storage(tensor: torch.Tensor) -> bool:
+    """Whether another tensor lies in the same memory. Public: none."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor and ``storage``
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from partita.runtime.spmd_seats import Seat, receivers
 from partita.runtime.transport import Exchange
 from partita.runtime.waits import Deadlock, Stopped
 from partita.runtime.weight_grad import WeightQueue, mark, use_queue
-from partita.torch_compat import run_backward
+from partita.torch_compat import run_backward, shares_storage
 from partita.trace import Event
 
 Key = tuple[str, int]
@@ -110,6 +110,7 @@ class Worker:
         self.lent: frozenset[str] = frozenset()
         self.parts: dict[tuple[str, int, int], tuple[torch.Tensor, ...]] = {}
         self.at: Instruction | None = None
+        self.apart: set[str] = set()
 
     def doing(self) -> str:
         """Where it is, in words."""
@@ -309,6 +310,8 @@ class Worker:
             raise
         except Exception as error:
             raise self.failure(index, error, "backward of ") from error
+        if len(self.state.program.sizes) > 1:
+            self.set_apart()
         for inlet, leaf in run.leaves:
             if inlet.way != "value":
                 self.hand_back(inlet.use, leaf.grad, microbatch, index)
@@ -317,6 +320,15 @@ class Worker:
             elif leaf.grad is not None:
                 self.add_grad(inlet.key, leaf.grad)
             leaf.grad = None
+
+    def set_apart(self) -> None:
+        """Give each parameter's gradient memory of its own before the next run adds to it in place: autograd may have
+        kept a view of another gradient, which waits for its W step or belongs to the caller."""
+        for name, alias in self.mine.aliases.items():
+            if name not in self.apart and alias.grad is not None:
+                self.apart.add(name)
+                if shares_storage(alias.grad):
+                    alias.grad = alias.grad.clone()
 
     def weights(self, step: Step) -> None:
         """A run of W steps is one product per weight."""
