@@ -23,12 +23,13 @@ from partita.runtime.away import Traffic, use_traffic
 from partita.runtime.codegen import SegmentCode
 from partita.runtime.collectives import LocalGroup
 from partita.runtime.layout import cat
+from partita.runtime.own_gradients import set_apart
 from partita.runtime.route import Inlet, Route, Step, parts, route
 from partita.runtime.spmd_seats import Seat, receivers
 from partita.runtime.transport import Exchange
 from partita.runtime.waits import Deadlock, Stopped
 from partita.runtime.weight_grad import WeightQueue, mark, use_queue
-from partita.torch_compat import run_backward, shares_storage
+from partita.torch_compat import run_backward
 from partita.trace import Event
 
 Key = tuple[str, int]
@@ -111,6 +112,7 @@ class Worker:
         self.parts: dict[tuple[str, int, int], tuple[torch.Tensor, ...]] = {}
         self.at: Instruction | None = None
         self.apart: set[str] = set()
+        self.settled = len(state.program.sizes) < 2
 
     def doing(self) -> str:
         """Where it is, in words."""
@@ -286,6 +288,7 @@ class Worker:
         if not lent:  # a copy's gradient goes home at once
             mark(found, name)
         self.mine.aliases[name] = found
+        self.settled = len(self.state.program.sizes) < 2
         return found
 
     # -- backward --------------------------------------------------------------------------------------------------
@@ -310,8 +313,8 @@ class Worker:
             raise
         except Exception as error:
             raise self.failure(index, error, "backward of ") from error
-        if len(self.state.program.sizes) > 1:
-            self.set_apart()
+        if not self.settled:
+            self.settled = set_apart(self.mine.aliases, self.apart)
         for inlet, leaf in run.leaves:
             if inlet.way != "value":
                 self.hand_back(inlet.use, leaf.grad, microbatch, index)
@@ -320,15 +323,6 @@ class Worker:
             elif leaf.grad is not None:
                 self.add_grad(inlet.key, leaf.grad)
             leaf.grad = None
-
-    def set_apart(self) -> None:
-        """Give each parameter's gradient memory of its own before the next run adds to it in place: autograd may have
-        kept a view of another gradient, which waits for its W step or belongs to the caller."""
-        for name, alias in self.mine.aliases.items():
-            if name not in self.apart and alias.grad is not None:
-                self.apart.add(name)
-                if shares_storage(alias.grad):
-                    alias.grad = alias.grad.clone()
 
     def weights(self, step: Step) -> None:
         """A run of W steps is one product per weight."""
