@@ -61,7 +61,7 @@ def main() -> None:
             print(
                 f"{8 * run.nodes} H100, {what}: {speed:.1f} Tflop/s a device, achieved {run.achieved:.0f} "
                 f"({100 * (speed / run.achieved - 1):+.1f} %); {max(s.memory for s in best.stages) / 1e9:.1f} GB, "
-                f"{again} of {len(row.row)} units recomputed; {spell(best.degrees)}",
+                f"{again} of {len(row.row)} units recomputed or offloaded; {spell(best.degrees)}",
                 flush=True,
             )
 

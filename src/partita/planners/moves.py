@@ -15,7 +15,7 @@ from partita.cost.memory import Alive, alive
 from partita.planners.cover import EXACT_BLOCKS, Thresholds, spare
 from partita.planners.objective import is_joined, static_bytes, tail_seconds
 from partita.planners.problem import Array, Problem
-from partita.planners.relief import PLAIN, How, hows
+from partita.planners.relief import PLAIN, How, Way, hows
 from partita.planners.spans import Bools, Indices, Sized, Spans
 
 
@@ -62,7 +62,8 @@ class Move:
 class Base:
     """The spans (``index``) that may be a stage of ``replicas`` devices of ``pool`` somewhere, whatever the others are:
     seconds without recomputation, and bytes: what stays (``static``), what each microbatch holds and owes. ``lent``,
-    ``lent_largest``: copies of parameters that must be lent; ``lent_gains``: of all that may be besides.
+    ``lent_largest``: copies of parameters that must be lent; ``lent_gains``: of all that may be besides (none:
+    nothing is lent there).
     """
 
     pool: int
@@ -93,14 +94,15 @@ class Base:
             Some.of(self.spans.first[which], self.spans.last[which]), self.fill[which], self.steady[which],
             self.static[which], self.held[which], self.owed[which], self.largest[which], self.forced[which],
             self.gains[which], self.buffers[which], self.sent_away[which], self.away_gains[which],
-            self.both_gains[which], self.lent[which], self.lent_largest[which], self.lent_gains[which],
+            self.both_gains[which],
+            *(row[which] if len(row) else row for row in (self.lent, self.lent_largest, self.lent_gains)),
         )  # fmt: skip
 
     def need(self, living: Alive, how: How = PLAIN) -> Array:
         """Bytes with what is forced; where blocks hold less in some way (``how``) besides, what that gains not taken
         off."""
         static = self.static
-        if how.level or self.lent.any():
+        if len(self.lent):
             static = static + how.copies(self.lent, self.lent_largest)
         plain: Array = static + living.peak(self.held, self.owed)
         recomputes, offloads = self.forced | how.again, self.sent_away | how.away
@@ -117,7 +119,7 @@ class Base:
         if hosted:
             found = np.minimum(found, self.need(living, How(away=True)) - self.away_gains * before)
             found = np.minimum(found, self.need(living, How(again=True, away=True)) - self.both_gains * before)
-        return found - self.lent_gains
+        return found - self.lent_gains if len(self.lent) else found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -205,7 +207,7 @@ class Moves:
             static = static_bytes(problem, s.weight_bytes, s.trained_bytes, replicas, problem.pools[pool].shared, mine)
             static = static + at.whole_saved * problem.train + at.received + at.transient
             held, owed = ((row + at.received) * problem.train for row in (at.held, at.owed))
-            lends, none = at.lent.pools[pool], np.zeros(len(fill))
+            lends, none = at.lent.pools[pool], np.zeros(0)
             if lends:
                 static = static - at.lent.gained
             base = Base(
@@ -294,23 +296,23 @@ class Moves:
     def _least(self, base: Base, short: Indices, wanted: Array, how: How, before: int) -> Array:
         """Least extra seconds so that each of the spans holds as much less as ``wanted``. ``before``: microbatches held
         at once."""
-        s, at = self.of[base.pool]
-        mine = -(-self.m // base.replicas)
-        ways = how.ways(at, base.pool, mine, before)
         extra = np.full(wanted.shape, np.inf)
         extra[wanted <= 0] = 0.0
-        first, last = base.spans.first[short], base.spans.last[short]
-        reach = s.reach(np.max([gains for _, gains in ways], axis=0))
-        where = (wanted > 0) & ((reach[last] - reach[first]) * (1 + 1e-12) >= wanted)
+        s = self.of[base.pool][0]
+        mine = -(-self.m // base.replicas)
+        if not how.level:  # all that is gained is gained a microbatch
+            wanted, mine, before = wanted / before, 1, 1
+        key = base.pool, how, mine, before
+        where = (wanted > 0) & (self._most(base, short, key) >= wanted)
         if not where.any():
             return extra
-        first, last, wanted = first[where], last[where], wanted[where]
+        first, last, wanted = base.spans.first[short][where], base.spans.last[short][where], wanted[where]
         if s.before.shape[1] > EXACT_BLOCKS and s.is_chain:
             self.exact = False
-            key = base.pool, how, mine, before
             extra[where] = np.minimum.reduce([t.least(first, last, wanted) for t in self._thresholds(key)])
             return extra
         found = []
+        ways = self._ways(key)
         for a, b, need_ in zip(first, last, wanted, strict=True):
             members = np.nonzero(s.before[b] & ~s.before[a])[0]
             here = [(list(seconds[members]), list(gains[members])) for seconds, gains in ways]
@@ -321,11 +323,23 @@ class Moves:
         extra[where] = found
         return extra
 
+    def _ways(self, key: tuple[int, How, int, int]) -> tuple[Way, ...]:
+        pool, how, mine, before = key
+        return how.ways(self.of[pool][1], pool, mine, before)
+
+    def _most(self, base: Base, short: Indices, key: tuple[int, How, int, int]) -> Array:
+        """Bytes that each of the spans can hold less at most."""
+        how = key[1]
+        if not how.level:
+            return (base.both_gains if how.again and how.away else base.away_gains if how.away else base.gains)[short]
+        reach = self.of[base.pool][0].reach(np.max([gains for _, gains in self._ways(key)], axis=0))
+        result: Array = reach[base.spans.last[short]] - reach[base.spans.first[short]]
+        return result * (1 + 1e-12)
+
     def _thresholds(self, key: tuple[int, How, int, int]) -> tuple[Thresholds, ...]:
         """Of several ways for a block: the one that gains most a second, and the one that gains most."""
         if key not in self.cheapest:
-            pool, how, mine, before = key
-            rows = list(how.ways(self.of[pool][1], pool, mine, before))
+            rows = list(self._ways(key))
             if len(rows) > 1:
                 seconds, gains = (np.array(part) for part in zip(*rows, strict=True))
                 ratio = np.where(gains > 0, seconds / np.where(gains > 0, gains, 1.0), np.inf)
