@@ -7,7 +7,9 @@ other, each is a range of its own, so that they share one compilation.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from partita.cost.blocks import Block, legal_cuts, repeated
@@ -78,7 +80,11 @@ def _edges(graph: Graph) -> tuple[int, ...]:
     if "" not in known:
         whole = Block(0, len(graph.ops), "", "")
         parts = repeated(graph, whole, legal_cuts(graph), ENOUGH) if graph.ops else ()
-        known[""] = tuple(part.start for part in parts if not _amid_convolutions(graph, part.start))
+        times = Counter(part.signature for part in parts)
+        known[""] = tuple(
+            after.start for before, after in itertools.pairwise(parts)
+            if max(times[before.signature], times[after.signature]) > 1 and not _amid_convolutions(graph, after.start)
+        )  # fmt: skip
     found: tuple[int, ...] = known[""]
     return found
 

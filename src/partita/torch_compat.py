@@ -64,6 +64,7 @@ __all__ = [
     "transforming",
     "unchecked_distributions",
     "version",
+    "watched",
     "whole_compilation",
     "without_pre_dispatch",
     "wrapped",
@@ -213,6 +214,13 @@ def whole_compilation() -> Iterator[None]:
     wanted = {"donated_buffer": False, "force_non_lazy_backward_lowering": True}
     with config.patch({k: v for k, v in wanted.items() if hasattr(config, k)}), _disable_current_modes():
         yield
+
+
+def watched() -> bool:
+    """Whether a dispatch mode is active under which compiled code does not run. Public: none asks."""
+    stack = range(torch._C._len_torch_dispatch_stack())
+    modes = [torch._C._get_dispatch_stack_at(i) for i in stack]
+    return any(not getattr(mode, "ignore_compile_internals", bool)() for mode in modes)
 
 
 @contextmanager

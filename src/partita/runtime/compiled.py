@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 
 from partita.errors import PartitaError
-from partita.torch_compat import whole_compilation
+from partita.torch_compat import watched, whole_compilation
 
 MOST_SIZES = 8
 """Sizes for which one part is compiled; as many as torch itself compiles of one function before it gives up."""
@@ -136,7 +136,7 @@ class Compiler:
                     return part
 
                 function = found[key] = self._function(label, (spelt, key), make)
-            return function.run(*tensors)
+            return function.eager(*tensors) if watched() else function.run(*tensors)
 
         return run
 

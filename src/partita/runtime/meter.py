@@ -39,6 +39,10 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live = 0
         self._peak = 0
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # torch: compiled code runs under this mode too
+
     @property
     def live_bytes(self) -> int:
         """Bytes alive now."""
