@@ -27,15 +27,14 @@ def ranges(
     graph: Graph, ops: Sequence[Op], listing: Callable[[Op], int], where: Mapping[str, int], eager: Collection[str] = ()
 ) -> Ranges:
     """Index ranges [a, b) of ``ops``, each to be one compiled function. ``listing``: which listed name an op falls
-    under (-1: none). ``where``: of each op in the graph. ``eager``: names of ops that are left out. Random draws that
-    take no tensor may stand in a range: they are made before it, in order.
+    under (-1: none); what follows each other is one range, whatever names list it. ``where``: of each op in the graph.
+    ``eager``: names of ops that are left out. Random draws that take no tensor may stand in a range: they are made
+    before it, in order.
     """
-    owners = [listing(op) for op in ops]
     edges = _edges(graph)
     unit = [bisect_right(edges, where[op.name]) for op in ops]
     starts = {i for i in range(1, len(ops)) if unit[i] != unit[i - 1]}
-    left = [op.name in eager or not is_compilable(graph, op) for op in ops]
-    wanted = [-1 if out else owner for owner, out in zip(owners, left, strict=True)]
+    wanted = [listing(op) >= 0 and op.name not in eager and is_compilable(graph, op) for op in ops]
     found = _runs(wanted, starts)
     while True:  # what a range may not change makes it shorter, which may leave out more
         inside = {ops[i].name: at for at, (a, b) in enumerate(found) for i in range(a, b)}
@@ -43,7 +42,7 @@ def ranges(
         if not out:
             break
         for i in out:
-            wanted[i] = -1
+            wanted[i] = False
         found = _runs(wanted, starts)
     return tuple((a, b) for a, b in (_trimmed(ops, *r) for r in found) if _pays(ops[a:b]))
 
@@ -62,12 +61,10 @@ def is_loose(op: Op) -> bool:
     return op.random and not op.uses() and not op.writes
 
 
-def _runs(wanted: Sequence[int], starts: Collection[int]) -> list[tuple[int, int]]:
+def _runs(wanted: Sequence[bool], starts: Collection[int]) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
-    for i, owner in enumerate(wanted):
-        if owner < 0:
-            continue
-        if found and found[-1][1] == i and wanted[i - 1] == owner and i not in starts:
+    for i in (i for i, want in enumerate(wanted) if want):
+        if found and found[-1][1] == i and i not in starts:
             found[-1] = (found[-1][0], i + 1)
         else:
             found.append((i, i + 1))

@@ -30,6 +30,7 @@ from partita.united import with_united
 from partita.units import format_seconds
 
 CLEARLY = 0.95
+NOTHING = 0.01  # of all parts' seconds: too little to be named apart
 ALL = ("",)
 
 
@@ -120,6 +121,7 @@ def _faster(
     """Ops of the ranges that pay on the devices that run them; seconds of all ranges as they are, and compiled."""
     kind = {d.name: d.kind for d in over.devices}
     found, sums = set[str](), [0.0, 0.0]
+    small: list[tuple[list[str], float]] = []
     pairs = zip(units(graph, program, EAGER), units(graph, program, COMPILED), strict=True)
     stage_of = {name: segment.stage for segment in program.segments for name in segment.ops}
     places = {s.stage: p for s, p in zip(program.segments, program.placement, strict=True) if s.stage >= 0}
@@ -135,6 +137,11 @@ def _faster(
         seconds = [_total(t, size) for t in timings if t is not None]
         sums = [a + b for a, b in zip(sums, seconds, strict=True)]
         if seconds[1] < CLEARLY * seconds[0]:
+            found.update(names)
+        else:
+            small.append((names, seconds[1]))
+    for names, took in small if found else ():
+        if took < NOTHING * sums[1]:
             found.update(names)
     return frozenset(found), (sums[0], sums[1])
 

@@ -43,8 +43,8 @@ def predict(
     division = divide(graph, found, plan, batch=samples)
     program = lower(graph, found, plan, batch=samples, train=train, division=division)
     table = cost_table(graph, cluster, measured=measured)
-    if measured is not None and division is None and any(stage.compile for stage in plan.stages):
-        table = with_compiled(table, program, measured)
+    if division is None and any(stage.compile for stage in plan.stages):
+        table = with_compiled(table, program, measured or Measured())
     if division is not None:
         table = likened(table, division.graph, division.members[0].origin, cluster)
     costs = segment_costs(program, table, cluster)
