@@ -67,8 +67,7 @@ def best_plan(
             if timed is not None:
                 found.append((plan(whole, Constraints(microbatches=1), timed), measured.merged(timed)))
     if asked == "auto":
-        found = [where_it_pays(graph, p, whole if i and whole is not None else cluster, m, timings, optimizer)
-                 for i, (p, m) in enumerate(found)]  # fmt: skip
+        found = [where_it_pays(graph, p, cluster, m, timings, optimizer) for p, m in found]
     best, timed = found[0]
     for other, more in found[1:]:
         best = as_one.better(best, other)

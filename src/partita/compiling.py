@@ -102,7 +102,8 @@ def where_it_pays(
     new = _predicted(graph, _with(graph, plan, faster), cluster, timed, optimizer)
     assert new.predicted is not None
     now, before = new.predicted.step_seconds, plan.predicted.step_seconds
-    if check(new, graph, cluster, memory=_memory(new)) or now >= CLEARLY * before:
+    full = any(need > used.device(d).memory_bytes for d, need in new.predicted.memory)
+    if full or check(new, graph, cluster) or now >= CLEARLY * before:
         return _because(plan, f"nothing is compiled: a step would take {format_seconds(now)}"), measured
     return _because(
         new, f"compiled by torch.compile: the parts that could be take {said}; a step {format_seconds(before)} without"
