@@ -23,12 +23,13 @@ def units(graph: Graph, program: Program, kind: str) -> tuple[Block, ...]:
     """The compiled ranges of a program as blocks to be timed, and what stands between them: all ops in order. None
     where a range is not one run of the graph's ops. ``kind``: EAGER or COMPILED."""
     at = {op.name: i for i, op in enumerate(graph.ops)}
+    once = {name for segment in program.segments if segment.phase == "once" for name in segment.ops}
     found: list[Block] = []
     for segment in program.segments:
         for a, b in segment.compiled:
             ops = [at[name] for name in segment.ops[a:b]]
-            between = [graph.ops[i] for i in range(ops[0], ops[-1] + 1) if i not in set(ops)]
-            if any(not op.random for op in between):  # draws are made before
+            between = {graph.ops[i].name for i in range(ops[0], ops[-1] + 1)}.difference(segment.ops[a:b])
+            if not between <= once:
                 return ()
             found.append(Block(ops[0], ops[-1] + 1, "", kind + signature(graph, [graph.ops[i] for i in ops])))
     edges = sorted({0, len(graph.ops), *(b.start for b in found), *(b.stop for b in found)})
