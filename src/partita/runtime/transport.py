@@ -12,6 +12,9 @@ from typing import Any
 
 from partita.runtime.waits import Stopped, Waits
 
+SOON_SECONDS = 0.02
+"""A message that comes within this is not asked after: a wait is noted, and what it may mean thought about, later."""
+
 
 class Exchange:
     """One step's mailboxes. Thread-safe; ``stop`` wakes every receiver. ``stopped``: whether it was called.
@@ -37,11 +40,11 @@ class Exchange:
         if key in early:
             return early.pop(key)
         while not self.stopped:
-            if inbox.empty():
+            try:
+                found, value = inbox.get(timeout=SOON_SECONDS)
+            except queue.Empty:
                 with self.waits.waiting(_said(key), lambda: len(self._sent[device]) > self._taken[device]):
                     found, value = inbox.get()
-            else:
-                found, value = inbox.get()
             self._taken[device] += 1  # after the wait: what is on its way in is seen to be there
             if found == key:
                 return value
