@@ -12,7 +12,8 @@ from dividing import divided
 from torch import nn
 
 from partita.runtime.module import ParallelModule
-from partita.runtime.worker import DeviceState, StepState, Worker
+from partita.runtime.progress import DeviceState, StepState
+from partita.runtime.worker import Worker
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore::UserWarning")]
 

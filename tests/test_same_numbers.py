@@ -23,7 +23,8 @@ from partita.runtime import codegen
 from partita.runtime.bind import Entry
 from partita.runtime.local import Local
 from partita.runtime.module import ParallelModule
-from partita.runtime.worker import WAYS, StepState, Worker
+from partita.runtime.progress import StepState
+from partita.runtime.worker import WAYS, Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -22,13 +22,14 @@ from partita.runtime.collectives import LocalGroup
 from partita.runtime.compiled import compiler_of
 from partita.runtime.kernels import resolver
 from partita.runtime.layout import cat
+from partita.runtime.progress import DeviceState, StepState
 from partita.runtime.spmd_seats import Seat, whole_gradients
 from partita.runtime.spmd_seats import places as seats
 from partita.runtime.sync_norm import Gathering, join
 from partita.runtime.team import Team
 from partita.runtime.transport import Exchange
 from partita.runtime.waits import Waits
-from partita.runtime.worker import DeviceState, StepState, Worker
+from partita.runtime.worker import Worker
 from partita.sharding.batch import BatchLayouts
 from partita.torch_compat import has_grad_hooks
 from partita.trace import Trace

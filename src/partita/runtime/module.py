@@ -28,8 +28,8 @@ from partita.runtime.live import dispatched, placed_modules
 from partita.runtime.local import Local, Lowered, deliver, torch_device
 from partita.runtime.loss import WithLoss
 from partita.runtime.pieces import Piece, local_pieces
+from partita.runtime.progress import StepState
 from partita.runtime.team import Team
-from partita.runtime.worker import StepState
 from partita.sharding.batch import layouts
 from partita.torch_compat import keeps_graph, not_compiled
 from partita.trace import Trace

@@ -71,12 +71,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The steps of one device's list. ``puts_off``: weight gradients have steps (W) of their own. ``hosted``: something
-    waits in host memory (``away``); ``lent``: parameters that live there."""
+    """The steps of one device's list. ``puts_off``: weight gradients have steps (W) of their own. ``adds``: a backward
+    adds to gradients that one before it made. ``hosted``: something waits in host memory (``away``); ``lent``:
+    parameters that live there."""
 
     instructions: tuple[Instruction, ...]
     steps: tuple[Step, ...]
     puts_off: bool
+    adds: bool
     hosted: bool = False
     lent: frozenset[str] = frozenset()
 
@@ -141,6 +143,7 @@ def route(
         instructions,
         tuple(steps),
         any(i.kind == "W" for i in instructions),
+        sum(i.kind == "B" for i in instructions) > 1,
         any(s.away or s.lent for s in program.segments),
         program.lent,
     )

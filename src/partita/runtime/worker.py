@@ -9,92 +9,24 @@ same ``.grad``.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
 
 from partita.errors import ExecutionError
-from partita.graph import Graph
-from partita.program import Fixed, Instruction, Partial, Program, Split, Use, Whole
+from partita.program import Fixed, Instruction, Partial, Split, Use, Whole
 from partita.runtime.away import Traffic, use_traffic
-from partita.runtime.codegen import SegmentCode
-from partita.runtime.collectives import LocalGroup
 from partita.runtime.layout import cat
 from partita.runtime.own_gradients import set_apart
+from partita.runtime.progress import Edge, Key, Run, StepState
 from partita.runtime.route import Inlet, Route, Step, parts, route
 from partita.runtime.spmd_seats import Seat, receivers
 from partita.runtime.transport import Exchange
 from partita.runtime.waits import Deadlock, Stopped
-from partita.runtime.weight_grad import WeightQueue, mark, use_queue
+from partita.runtime.weight_grad import mark, use_queue
 from partita.torch_compat import run_backward
 from partita.trace import Event
-
-Key = tuple[str, int]
-
-
-Edge = torch.autograd.graph.GradientEdge
-
-
-@dataclass(eq=False)
-class Run:
-    """One forward of a segment that waits for its backward: leaves that want a gradient, and where gradients enter.
-
-    ``outputs`` are edges of the autograd graph, not tensors: a result nobody reads any more does not stay for them.
-    """
-
-    leaves: list[tuple[Inlet, torch.Tensor]]
-    outputs: dict[Key, Edge]
-
-
-@dataclass(eq=False)
-class DeviceState:
-    """What one device holds during a step."""
-
-    device: torch.device
-    values: dict[Key, torch.Tensor] = field(default_factory=dict)
-    grads: dict[Key, torch.Tensor] = field(default_factory=dict)
-    outgoing: dict[tuple[str, int, int], torch.Tensor | None] = field(default_factory=dict)
-    runs: dict[tuple[int, int], Run] = field(default_factory=dict)
-    aliases: dict[str, torch.Tensor] = field(default_factory=dict)
-    events: list[Event] = field(default_factory=list)
-    queue: WeightQueue = field(default_factory=WeightQueue)
-    clones: dict[str, torch.Tensor] = field(default_factory=dict)
-    traffic: Traffic | None = None
-
-
-@dataclass(eq=False)
-class StepState:
-    """One step: what the caller gave, what each device holds, what came out. ``keeps``: this backward is not the last
-    one, so what it goes through stays. ``groups``: leader -> the sides of its group's members."""
-
-    graph: Graph
-    program: Program
-    codes: tuple[SegmentCode, ...]
-    given: dict[str, torch.Tensor]
-    parameters: dict[str, torch.Tensor]
-    devices: dict[str, DeviceState]
-    grad: bool
-    once: dict[str, torch.Tensor] = field(default_factory=dict)
-    results: dict[Key, torch.Tensor] = field(default_factory=dict)
-    input_grads: dict[str, torch.Tensor] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    origin: float = field(default_factory=perf_counter)
-    record: bool = False
-    keeps: bool = False
-    groups: dict[str, tuple[LocalGroup, ...]] = field(default_factory=dict)
-    inference: bool = field(default_factory=torch.is_inference_mode_enabled)
-    batch: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.batch = sum(self.program.sizes)
-
-    def rows(self, layout: Split, microbatch: int) -> tuple[int, int, int]:
-        """(dim, start, length) of a microbatch's rows."""
-        sizes = self.program.sizes
-        return layout.dim, sum(sizes[:microbatch]) * layout.factor, sizes[microbatch] * layout.factor
 
 
 class Worker:
@@ -112,7 +44,7 @@ class Worker:
         self.parts: dict[tuple[str, int, int], tuple[torch.Tensor, ...]] = {}
         self.at: Instruction | None = None
         self.apart: set[str] = set()
-        self.settled = len(state.program.sizes) < 2
+        self.adds, self.settled = False, True
 
     def doing(self) -> str:
         """Where it is, in words."""
@@ -129,6 +61,7 @@ class Worker:
         do = {"F": self.forward, "B": self.backward, "W": self.weights, "SEND": self.send, "RECV": self.receive}
         use_queue(self.mine.queue if len(state.program.sizes) > 1 else None)
         self.mine.queue.put_off = route.puts_off
+        self.adds, self.settled = route.adds, not route.adds
         self.lent = route.lent
         if route.hosted:
             self.mine.traffic = self.mine.traffic or Traffic(self.mine.device, self.name)
@@ -288,7 +221,7 @@ class Worker:
         if not lent:  # a copy's gradient goes home at once
             mark(found, name)
         self.mine.aliases[name] = found
-        self.settled = len(self.state.program.sizes) < 2
+        self.settled = not self.adds
         return found
 
     # -- backward --------------------------------------------------------------------------------------------------
@@ -420,5 +353,3 @@ WAYS = {
     "alias": Worker.alias_of, "given": Worker.from_caller, "once": Worker.from_caller, "value": Worker.value_of,
     "joined": Worker.joined,
 }  # fmt: skip
-
-__all__ = ["DeviceState", "Run", "StepState", "Worker"]

@@ -25,12 +25,13 @@ from partita.runtime.distributed.sharing import Shares, Sharing
 from partita.runtime.distributed.world import World
 from partita.runtime.kernels import resolver
 from partita.runtime.local import Local, Lowered
+from partita.runtime.progress import StepState
 from partita.runtime.route import Step
 from partita.runtime.spmd_seats import Seat
 from partita.runtime.sync_norm import join
 from partita.runtime.team import Team
 from partita.runtime.weight_grad import mark
-from partita.runtime.worker import StepState, Worker
+from partita.runtime.worker import Worker
 from partita.sharding.batch import BatchLayouts
 from partita.trace import Trace
 

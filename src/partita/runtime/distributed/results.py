@@ -15,8 +15,8 @@ from partita.program import Fixed, Partial, Program, Split
 from partita.runtime.distributed.collective import spread
 from partita.runtime.distributed.messages import rank_of
 from partita.runtime.distributed.world import World
+from partita.runtime.progress import StepState
 from partita.runtime.spmd_ops import Rounds, own_rows, put_rows
-from partita.runtime.worker import StepState
 
 SAMPLE = 1 << 14
 
