@@ -260,7 +260,10 @@ def run_backward(roots: Sequence[object], grads: Sequence[torch.Tensor], keeps: 
 
 
 def shares_storage(tensor: torch.Tensor) -> bool:
-    """Whether another tensor lies in the same memory. Public: none."""
+    """Whether another tensor lies in the same memory; False for sparse ones, to which nothing is added in place.
+    Public: none."""
+    if tensor.layout is not torch.strided:
+        return False
     storage = tensor.untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor and ``storage``
 
