@@ -15,11 +15,12 @@ from partita.cost.table import cost_table
 from partita.graph import Graph, Op
 from partita.planners import auto as planning
 from partita.planners.auto import auto
-from partita.planners.constraints import Constraints, Resolved
+from partita.planners.constraints import Constraints
 from partita.planners.joint import Later, joint
 from partita.planners.objective import candidate_bytes
 from partita.planners.pricing import price, rank
 from partita.planners.problem import Candidate, Infeasible, Problem, StageChoice
+from partita.planners.resolved import Resolved
 from partita.planners.task import Task
 from partita.sharding.batch import layouts
 

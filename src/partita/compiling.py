@@ -7,7 +7,7 @@ for that is what the plan then runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from partita.graph import Graph
 from partita.lower import lower
 from partita.manual import stage_names
 from partita.plan import Plan, Predicted, Stage
-from partita.planners.constraints import find
+from partita.planners.resolved import find
 from partita.predict import predict
 from partita.program import Program
 from partita.runtime.compiled import lacking
@@ -91,10 +91,11 @@ def where_it_pays(
     over = Cluster(tuple(d for d in used.devices if any(d.name in s.devices for s in plan.stages)), used.links)
     size = max(program.sizes)
     eager = timings(over, (size,), here)
-    compiled = timings(over, (size,), units(graph, program, COMPILED), True) if eager is not None else None
+    there = units(graph, program, COMPILED)
+    compiled = timings(over, (size,), there, True) if eager is not None else None
     if eager is None or compiled is None:
         return _because(plan, "nothing was compiled: its parts could not be timed here"), measured
-    faster, times = _faster(graph, program, over, eager, compiled, size)
+    faster, times = _faster(graph, program, over, zip(here, there, strict=True), eager, compiled, size)
     said = f"{format_seconds(times[1])} compiled, {format_seconds(times[0])} as they are, a microbatch"
     if not faster:
         return _because(plan, f"nothing is compiled: the parts take {said}"), measured
@@ -117,13 +118,14 @@ def unmet(plan: Plan) -> tuple[str, ...]:
 
 
 def _faster(
-    graph: Graph, program: Program, over: Cluster, eager: Measured, compiled: Measured, size: int
-) -> tuple[frozenset[str], tuple[float, float]]:
-    """Ops of the ranges that pay on the devices that run them; seconds of all ranges as they are, and compiled."""
+    graph: Graph, program: Program, over: Cluster, pairs: Iterable[tuple[Block, Block]], eager: Measured,
+    compiled: Measured, size: int,
+) -> tuple[frozenset[str], tuple[float, float]]:  # fmt: skip
+    """Ops of the ranges that pay on the devices that run them; seconds of all ranges as they are, and compiled.
+    ``pairs``: each unit as it is timed eager, and compiled."""
     kind = {d.name: d.kind for d in over.devices}
     found, sums = set[str](), [0.0, 0.0]
     small: list[tuple[list[str], float]] = []
-    pairs = zip(units(graph, program, EAGER), units(graph, program, COMPILED), strict=True)
     stage_of = {name: segment.stage for segment in program.segments for name in segment.ops}
     places = {s.stage: p for s, p in zip(program.segments, program.placement, strict=True) if s.stage >= 0}
     for plain, other in pairs:

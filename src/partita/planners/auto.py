@@ -21,11 +21,12 @@ from partita.plan import Plan, Predicted
 from partita.plan_text import explain_later
 from partita.planners.build import Built
 from partita.planners.conflicts import atoms, smallest_conflict
-from partita.planners.constraints import Constraints, Resolved
+from partita.planners.constraints import Constraints
 from partita.planners.objective import candidate_bytes
 from partita.planners.pricing import WORTH, Ranked, best_first, finished, price, rank, slowest_op
 from partita.planners.problem import Candidate, Infeasible, Optimal
 from partita.planners.remedies import loosened
+from partita.planners.resolved import Resolved
 from partita.planners.searching import (
     QUICK_OPS,
     Searched,

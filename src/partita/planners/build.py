@@ -14,9 +14,10 @@ from partita.cost.blocks import Block
 from partita.cost.memory import host_update, optimizer_factor, shares_memory
 from partita.cost.table import CostTable
 from partita.graph import Graph
-from partita.planners.constraints import Constraints, Resolved
+from partita.planners.constraints import Constraints
 from partita.planners.parts import repeatable, units
 from partita.planners.problem import Array, Edge, Pool, Problem, Times, Weights
+from partita.planners.resolved import Resolved
 from partita.planners.sums import (
     Bools,
     Indices,

@@ -23,8 +23,9 @@ from partita.cost.table import CostTable
 from partita.graph import Graph
 from partita.group_costs import collective_seconds
 from partita.planners.build import Built, build, of_pools
-from partita.planners.constraints import Constraints, Resolved
+from partita.planners.constraints import Constraints
 from partita.planners.problem import Array, Shares, Times
+from partita.planners.resolved import Resolved
 from partita.planners.sums import block_seconds, owners, phases, users_of, weights
 from partita.sharding.batch import BatchLayouts
 from partita.sharding.choose import Wishes, choose

@@ -17,10 +17,11 @@ from partita.cost.table import CostTable
 from partita.errors import PlanError
 from partita.graph import Graph
 from partita.planners.build import HEADROOM, Built, Counted, build, count, regrouped
-from partita.planners.constraints import Constraints, Resolved, resolve
+from partita.planners.constraints import Constraints
 from partita.planners.divided import Divider
 from partita.planners.objective import copies_bytes, lent_gains
 from partita.planners.problem import Problem
+from partita.planners.resolved import Resolved, resolve
 from partita.planners.teams import Teaming, teams_of
 from partita.sharding.batch import BatchLayouts
 
@@ -158,13 +159,16 @@ class Task:
 
     def coarse(self) -> Built:
         """Parts that are modules, as large as serves recomputation best: least kept together with the largest alive."""
-        sizes = RECOMPUTE_UNITS if len(self.graph.ops) <= MODULES else RECOMPUTE_UNITS[:1]
-        return min((self.build(coarse=n) for n in sizes), key=lambda built: least_alive(built.problem))
+        return self._of_modules(least_alive)
 
     def lending(self) -> Built:
         """Parts that are modules, as large as serves lending their parameters best."""
+        return self._of_modules(least_lent)
+
+    def _of_modules(self, least: Callable[[Problem], float]) -> Built:
+        """Parts that are modules, of the size at which ``least`` bytes are needed."""
         sizes = RECOMPUTE_UNITS if len(self.graph.ops) <= MODULES else RECOMPUTE_UNITS[:1]
-        return min((self.build(coarse=n) for n in sizes), key=lambda built: least_lent(built.problem))
+        return min((self.build(coarse=n) for n in sizes), key=lambda built: least(built.problem))
 
     def divided(self, *, coarse: int = 0) -> Iterator[Variant]:
         """The problem for each way to make teams that divide their ops.

@@ -13,12 +13,13 @@ import numpy as np
 from partita.cost.blocks import legal_cuts
 from partita.errors import PlanError
 from partita.graph import Graph
-from partita.planners.constraints import Constraints, enclosing, find
+from partita.planners.constraints import Constraints
 from partita.planners.large.marks import Marks, Placed
 from partita.planners.large.prices import Pool
 from partita.planners.large.search import Limits
 from partita.planners.large.tensor import WHOLE, Form
 from partita.planners.large.units import Units, op_work, units
+from partita.planners.resolved import enclosing, find
 
 MOST = 0.9  # of a unit's work in the ops that were named: the unit is meant
 
