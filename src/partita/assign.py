@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 
 from partita.graph import Graph, Op
@@ -69,6 +69,17 @@ class Names:
             for _, prefix, index in self._table.get(plain[:length], ()):
                 if _fits(prefix, parts):
                     yield index
+
+
+def listing_of(patterns: tuple[str, ...]) -> Callable[[Op], int]:
+    """Op -> position of the first pattern that names it or a module around it; -1: none does."""
+    names = Names([p] for p in patterns)
+    single = {p: at for at, p in reversed(tuple(enumerate(patterns)))}
+
+    def position(op: Op) -> int:
+        return min((at for at in (names.first(op.module), single.get(op.name)) if at is not None), default=-1)
+
+    return position
 
 
 def listed(plan: Plan, graph: Graph) -> dict[str, int]:

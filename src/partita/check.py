@@ -188,16 +188,14 @@ def _names(plan: Plan, graph: Graph) -> list[str]:
                 other = first.setdefault((kind, name), s)
                 if other != s:
                     problems.append(f"{kind} {name!r} is listed by stages {other} and {s}; keep it in one of them")
-        for name in stage.recompute:
-            if name and name not in op_names and not _runs(name, modules):
-                problems.append(_unknown(f"stage {s} recomputes {name!r}", name, graph, modules))
-        for name in stage.compile:
-            if name and name not in op_names and not _runs(name, modules):
-                problems.append(_unknown(f"stage {s} compiles {name!r}", name, graph, modules))
-        for kind in ("activations", "parameters"):
-            for name in getattr(stage.offload, kind):
+        for does, names in (
+            ("recomputes", stage.recompute), ("compiles", stage.compile),
+            ("offloads the activations of", stage.offload.activations),
+            ("offloads the parameters of", stage.offload.parameters),
+        ):  # fmt: skip
+            for name in names:
                 if name and name not in op_names and not _runs(name, modules):
-                    problems.append(_unknown(f"stage {s} offloads the {kind} of {name!r}", name, graph, modules))
+                    problems.append(_unknown(f"stage {s} {does} {name!r}", name, graph, modules))
     return problems
 
 

@@ -11,10 +11,10 @@ whole are one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from partita.assign import Names, stages_of
+from partita.assign import listing_of, stages_of
 from partita.compilable import ranges as compiled_ranges
 from partita.cost.away import leaving
 from partita.cost.kept import given_bytes
@@ -151,7 +151,7 @@ def _segments(
         if stage >= 0 and plan.stages[stage].compile:
             eager = {n for n in rescaled if layouts.rewrites[n].kind != "call"}
             eager |= {op.name for op in ops if op.target == NORM} if synchronised and phase == "split" else set()
-            found = compiled_ranges(graph, ops, _listing(plan.stages[stage].compile), position_of, eager)
+            found = compiled_ranges(graph, ops, listing_of(plan.stages[stage].compile), position_of, eager)
             segment = replace(segment, compiled=found)
         result.append(segment)
     return tuple(result)
@@ -175,7 +175,7 @@ def _offloaded(
 
 def _listed(ops: list[Op], patterns: tuple[str, ...]) -> list[tuple[int, int, str]]:
     """Index ranges of the ops of each listed module or op, and its name."""
-    listing = _listing(patterns)
+    listing = listing_of(patterns)
     ranges: list[tuple[int, int, str]] = []
     owner = -1
     for i, op in enumerate(ops):
@@ -186,17 +186,6 @@ def _listed(ops: list[Op], patterns: tuple[str, ...]) -> list[tuple[int, int, st
             ranges.append((i, i + 1, patterns[match]))
         owner = match
     return ranges
-
-
-def _listing(patterns: tuple[str, ...]) -> Callable[[Op], int]:
-    """Op -> position of the first pattern that names it or a module around it; -1: none does."""
-    names = Names([p] for p in patterns)
-    single = {p: at for at, p in reversed(tuple(enumerate(patterns)))}
-
-    def position(op: Op) -> int:
-        return min((at for at in (names.first(op.module), single.get(op.name)) if at is not None), default=-1)
-
-    return position
 
 
 def _held(graph: Graph, layouts: BatchLayouts, phases: Mapping[str, str], name: str) -> Layout:
@@ -223,7 +212,7 @@ def _recompute(graph: Graph, ops: list[Op], patterns: tuple[str, ...]) -> tuple[
     ranges: list[tuple[int, int]] = []
     start, owner = 0, ""
     made: set[str] = set()
-    listing = _listing(patterns)
+    listing = listing_of(patterns)
     for i, op in enumerate(ops):
         at = listing(op) if op.grad else -1
         match = patterns[at] if at >= 0 else ""
