@@ -17,24 +17,24 @@ from partita.measure import local_cluster
 DEVICES = ("cpu", "cpu:0", "cuda")
 
 
-def missing(device: str) -> str:
-    """Why nothing can run on it; '' where it can."""
-    if device == "cuda" and not torch.cuda.is_available():
-        return "needs a CUDA GPU; torch.cuda.is_available() is False here"
-    return ""
-
-
 def skipped(device: str, what: str) -> bool:
-    """Whether it is missing, which is said aloud."""
-    why = missing(device)
-    if why:
-        print(f"skipped: {what} --device {device}: {why}", file=sys.stderr)
-    return bool(why)
+    """Whether it is not there, which is said aloud."""
+    if device != "cuda" or torch.cuda.is_available():
+        return False
+    why = "needs a CUDA GPU; torch.cuda.is_available() is False here"
+    print(f"skipped: {what} --device {device}: {why}", file=sys.stderr)
+    return True
+
+
+def name_of(device: str) -> str:
+    """Of the one device that is meant; '' where it is two."""
+    return {"cpu": "", "cuda": "cuda:0"}.get(device, device)
 
 
 def cluster_of(device: str) -> Cluster:
-    """Two CPU devices, or the first one of a kind."""
-    return local_cluster(2) if device == "cpu" else local_cluster(["cuda:0" if device == "cuda" else device])
+    """Two CPU devices, or the one that is meant."""
+    name = name_of(device)
+    return local_cluster([name]) if name else local_cluster(2)
 
 
 def finish() -> None:

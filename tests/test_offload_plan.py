@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
+from hosted import fits_as_planned
 from test_offload import Block, square
 from torch import nn
 
@@ -17,7 +16,6 @@ from partita.plan import Plan
 from partita.planners.auto import auto
 from partita.planners.large.result import plan_large
 from partita.planners.remedies import _host as offered
-from partita.runtime.module import ParallelModule
 from partita.sharding.batch import layouts
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -79,17 +77,7 @@ def test_what_is_planned_runs_within_its_memory_with_the_same_numbers() -> None:
     where = cluster(1, 2e10)
     plan = planned(where, microbatches=1)
     assert names(plan)[1]
-    target = torch.randn(BATCH, SEQ, WIDTH)
-    grads = []
-    for wanted in (plan, replace(plan, stages=tuple(replace(s, offload=type(s.offload)()) for s in plan.stages))):
-        parallel = ParallelModule(MODEL, replace(wanted, predicted=None), where, loss_fn=square)
-        MODEL.zero_grad()
-        parallel.train_step(X, target)
-        grads.append([p.grad.clone() for p in MODEL.parameters() if p.grad is not None])
-        peak = parallel.measure_memory(X, target)
-        assert (peak["cpu:0"] <= TIGHT) == (wanted is plan), peak
-        parallel.close()
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    fits_as_planned(MODEL, X, torch.randn(BATCH, SEQ, WIDTH), plan, where, TIGHT, square)
 
 
 def test_a_person_can_ask_for_it_by_name() -> None:

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.devices import DEVICES, skipped
+from benchmarks.devices import DEVICES, name_of, skipped
 from benchmarks.local_pipeline.contestants import CONTESTANTS
 from benchmarks.local_pipeline.host import Failed, Guest
 from benchmarks.local_pipeline.stats import ratio
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     if skipped(given.device, "benchmarks.rivals"):
         return 0
     console = Console(stderr=given.json)
-    one = Where("" if given.device == "cpu" else "cuda:0" if given.device == "cuda" else given.device)
+    one = Where(name_of(given.device))
     sections: dict[str, str] = {}
     raw: dict[str, object] = {}
     for model in models:

@@ -13,11 +13,10 @@ from partita.program import Program, Split
 from partita.runtime.away import Traffic
 from partita.runtime.codegen import SegmentCode
 from partita.runtime.collectives import LocalGroup
-from partita.runtime.route import Inlet
+from partita.runtime.route import Inlet, Key
 from partita.runtime.weight_grad import WeightQueue
 from partita.trace import Event
 
-Key = tuple[str, int]
 Edge = torch.autograd.graph.GradientEdge
 
 

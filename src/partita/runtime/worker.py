@@ -19,8 +19,8 @@ from partita.program import Fixed, Instruction, Partial, Split, Use, Whole
 from partita.runtime.away import Traffic, use_traffic
 from partita.runtime.layout import cat
 from partita.runtime.own_gradients import set_apart
-from partita.runtime.progress import Edge, Key, Run, StepState
-from partita.runtime.route import Inlet, Route, Step, parts, route
+from partita.runtime.progress import Edge, Run, StepState
+from partita.runtime.route import Inlet, Key, Route, Step, parts, route
 from partita.runtime.spmd_seats import Seat, receivers
 from partita.runtime.transport import Exchange
 from partita.runtime.waits import Deadlock, Stopped
