@@ -32,11 +32,10 @@ class Guest:
         self, name: str, workload: str, *, folder: Path, optimizer: bool, quick: bool = False, device: str = "",
         limit: int = 0,
     ) -> None:  # fmt: skip
-        from benchmarks.local_pipeline.contestants import CONTESTANTS
-        from benchmarks.rivals.one_device import ONE_DEVICE
+        from benchmarks.local_pipeline.guest import EVERYONE
 
         self.name = name
-        self.about = {**CONTESTANTS, **ONE_DEVICE}[name]
+        self.about = EVERYONE[name]
         self.note = ""
         self._folder = folder
         self._links: list[Any] = []
@@ -145,6 +144,6 @@ def _enter(
     quick: bool, device: str, limit: int,
 ) -> None:  # fmt: skip
     os.sched_setaffinity(0, cores)
-    from benchmarks.local_pipeline.contestants import serve
+    from benchmarks.local_pipeline.guest import serve
 
     serve(connection, name, workload, rank, rendezvous, optimizer, quick, device, limit)

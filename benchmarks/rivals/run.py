@@ -21,13 +21,13 @@ from rich.progress import Progress
 
 from benchmarks.devices import DEVICES, name_of, skipped
 from benchmarks.local_pipeline.contestants import CONTESTANTS
+from benchmarks.local_pipeline.guest import EVERYONE
 from benchmarks.local_pipeline.host import Failed, Guest
 from benchmarks.local_pipeline.stats import ratio
 from benchmarks.models import WORKLOADS
 from benchmarks.rivals.one_device import ONE_DEVICE
 from partita.units import format_bytes
 
-EVERYONE = {**CONTESTANTS, **ONE_DEVICE}
 OWN = ("partita", "partita-call", "partita-one")
 MODELS = "gpt30m,vit,resnet,mlp,speech"
 LEFT_OUT = ("partita-1f1b", "partita-zb")  # plans the planner did not choose are benchmarks.local_pipeline's
