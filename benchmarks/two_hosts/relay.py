@@ -83,7 +83,8 @@ class Way:
         self.source, self.target = source, target
         self.shape(bits_per_second, latency)
         self.free = 0.0
-        self.under_way: deque[tuple[float, bytes]] = deque()
+        self.under_way: deque[tuple[float, memoryview]] = deque()
+        self.spare: list[memoryview] = []  # used again: fresh memory for each packet costs more than all else here
 
     def shape(self, bits_per_second: float, latency: float) -> None:
         self.per_byte, self.latency = 8.0 / bits_per_second, max(0.0, latency - OWN_SECONDS)
@@ -91,12 +92,14 @@ class Way:
     def take(self, now: float) -> bool:
         """Read what may stand in line; whether more may."""
         while self.free - now < BACKLOG_SECONDS:
+            room = self.spare.pop() if self.spare else memoryview(bytearray(HEADER + (1 << 16)))
             try:
-                packet = os.read(self.source, 1 << 17)
+                size = os.readv(self.source, [room])
             except BlockingIOError:
+                self.spare.append(room)
                 return True
-            self.free = max(self.free, now) + (len(packet) - HEADER) * self.per_byte
-            self.under_way.append((self.free + self.latency, packet))
+            self.free = max(self.free, now) + (size - HEADER) * self.per_byte
+            self.under_way.append((self.free + self.latency, room[:size]))
         return False
 
     def give(self, now: float) -> None:
@@ -104,6 +107,7 @@ class Way:
             _, packet = self.under_way.popleft()
             with contextlib.suppress(BlockingIOError, OSError):  # a full device drops, as a full switch does
                 os.write(self.target, packet)
+            self.spare.append(memoryview(packet.obj))
 
     def wakes(self, open_: bool) -> float:
         """When there is something to do, but for packets that come."""

@@ -147,7 +147,7 @@ def _during(
 ) -> Event:  # fmt: skip
     """Gradients summed over a link while backward runs. ``sizes``: of the parameters in order of use; the last one's
     gradient is there first. They are taken to come evenly over the last backward; where weight gradients are made
-    apart, at its end. What the members' own cores do for it makes backward that much longer."""
+    apart, at its end. What is moved takes of the members' own cores, which makes backward that much longer."""
     ends = [e for e in events if e.device in members and e.kind in ("B", "W")]
     end = max((e.end for e in ends), default=0.0)
     last = [max((e for e in ends if e.device == d), key=lambda e: e.end, default=None) for d in members]
@@ -155,13 +155,14 @@ def _during(
     begin = end if apart else min(end, max((e.start for e in last if e is not None), default=end))
     channel = ring(cluster, members)
     messages = buckets(sizes[::-1], large_bytes(channel))
+    end += 0.0 if apart else ring_host_seconds(sum(sizes), len(members), channel)
     lanes, free = [begin] * IN_FLIGHT, begin
     delay = ring_all_reduce(0.0, len(members), channel)
     for k, nbytes in enumerate(messages):
         ready = begin + (end - begin) * (k + 1) / len(messages)
         free = max(free, ready, min(lanes)) + ring_all_reduce(nbytes, len(members), channel) - delay
         lanes[lanes.index(min(lanes))] = free + delay
-    done = max(*lanes, end + ring_host_seconds(sum(sizes), len(members), channel))
+    done = max(*lanes, end)
     return Event(device, "REDUCE", "REDUCE", -1, -1, begin, done, sum(sizes))
 
 

@@ -6,7 +6,8 @@ The slope is fitted by least squares of the relative deviations among large mess
 windows that open slowly or a full bucket add or save once is no bandwidth. The times are of messages as a step sends
 them, the process group's own work included: what that adds to the link's own latency (``ping``) is the overhead.
 Of the repeats the least is taken for small messages and the lower quartile for large ones: a core that is shared
-delays some.
+delays some. What messages take of the ends' cores is this process's own time on one host, and between hosts what
+computing beside them loses (``beside``): others do part of the work there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from partita.measure import ping
+from partita.measure.beside import bytes_a_lost_second
 from partita.runtime.distributed import World
 
 EVERY_PAIR = 8
@@ -59,24 +61,40 @@ def links_between(world: World) -> dict[tuple[int, int], Figures]:
     for a, b in pairs:
         stands_for.setdefault((world.hosts[a], world.hosts[b]), (a, b))
     timed = pairs if world.size <= EVERY_PAIR else list(stands_for.values())
+    busy: dict[tuple[str, str], float] = {}  # of each two hosts whose cores do the work
     own: dict[tuple[int, int], Figures] = {}
     for a, b in timed:
+        hosts = world.hosts[a], world.hosts[b]
+        apart = hosts[0] != hosts[1] and stands_for[hosts] == (a, b) and world.device.type == "cpu"
         if world.rank == a:
             times, host = _ask(world, b)
             bandwidth, whole = line(times)
             with world.watch.waiting(f"rank {b} to time the link"):
                 latency = ping.ask(b, world.control)
+                if apart:
+                    dist.send(torch.tensor([bandwidth], dtype=torch.float64), b, group=world.control)
+                    busy[hosts] = _brief(bytes_a_lost_second(world, b, bandwidth))
             latency = whole if latency is None else min(latency, whole)
             own[a, b] = _brief(bandwidth), _brief(latency), _brief(host), _brief(whole - latency)
         elif world.rank == b:
             _answer(world, a)
             with world.watch.waiting(f"rank {a} to time the link"):
                 ping.answer(a, world.control)
+                if apart:
+                    told = torch.zeros(1, dtype=torch.float64)
+                    dist.recv(told, a, group=world.control)
+                    bytes_a_lost_second(world, a, float(told))
         world.gather(None, "the links to be timed")
     every: dict[tuple[int, int], Figures] = {}
-    for found_here in world.gather(own, "the links' speeds"):
+    for found_here, busy_here in world.gather((own, busy), "the links' speeds"):
         every.update(found_here)
-    return {p: every.get(p) or every[stands_for[world.hosts[p[0]], world.hosts[p[1]]]] for p in pairs}
+        busy.update(busy_here)
+    found: dict[tuple[int, int], Figures] = {}
+    for a, b in pairs:
+        hosts = world.hosts[a], world.hosts[b]
+        bandwidth, latency, host, overhead = every.get((a, b)) or every[stands_for[hosts]]
+        found[a, b] = bandwidth, latency, busy.get(hosts, host), overhead
+    return found
 
 
 def _brief(figure: float) -> float:
