@@ -72,7 +72,8 @@ def test_a_shaped_link_is_measured_within_a_tenth() -> None:
     (found,) = json.loads(said[0][0])["links"]
     assert 8 * found["bandwidth"] == pytest.approx(bits, rel=0.1)
     assert found["latency_seconds"] == pytest.approx(latency, rel=0.1)
-    assert 1e7 < found["host_bandwidth"]  # the relay takes 5 ns of a core a byte; a free core that it runs on, none
+    lost = found["host_bandwidth"]  # the relay takes some 5 ns of a core a byte
+    assert lost is None or lost > 1e7  # none: nothing was lost, as where a core is free
 
 
 def _hosts(bandwidth: float) -> Cluster:
