@@ -265,6 +265,26 @@ def test_training_with_adamw_gives_the_unsplit_losses() -> None:
     parallel.close()
 
 
+def test_gradients_lie_in_memory_as_their_parameters_so_that_a_fused_optimizer_takes_the_right_numbers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    for layer in (model[0], model[2]):
+        layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    own, x, y = copy.deepcopy(model), torch.randn(4, 6), torch.randn(4, 4)
+    parallel = ParallelModule(model, tensor_plan(model, (x,), 2, 1, 2), cluster(2), loss_fn=F.mse_loss)
+    optimizers = [torch.optim.AdamW(m.parameters(), 1e-2, fused=True) for m in (model, own)]
+    for _ in range(3):
+        parallel.train_step(x, y)
+        F.mse_loss(own(x), y).backward()
+        assert [p.grad.stride() for p in model.parameters()] == [p.grad.stride() for p in own.parameters()]  # type: ignore[union-attr]
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, theirs in zip(model.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    parallel.close()
+
+
 def test_replicas_of_groups_divide_the_batch_and_the_ops() -> None:
     torch.manual_seed(0)
     model, x = CharGPT(23, context=8, width=24, depth=1, heads=4), torch.randint(0, 23, (4, 8))

@@ -2,7 +2,8 @@
 
     parent    captures each model once, works out which cases are equal by construction
       forks   a child that trains the unsplit models, once each
-      forks   2 ranks, 3 ranks, ...: a process group for all cases of that size, a line a case into the results file
+      works out all that is a pure function of plan and model for the next cases (``remembered``)
+      forks   2 ranks, 3 ranks, ...: a process group for those cases, a line a case into the results file
 
 A case whose Program is that of an earlier one, and of whose parameters no two ranks hold the same part where the ZeRO
 level differs, is equal by construction and is not run again: with one microbatch a replica on one stage all schedules
@@ -35,34 +36,26 @@ from typing import Any
 
 import torch
 
-import partita.api
-import partita.runtime.bind
-import partita.runtime.distributed.module
-import partita.runtime.local
-from partita.capture import Captured, capture
 from partita.cluster import Cluster, Device
-from partita.divide import Division, divide
 from partita.graph import Graph
-from partita.lower import lower
-from partita.plan import Plan
 from partita.runtime.distributed import join_world
 from partita.runtime.distributed.boxes import boxes
-from partita.runtime.loss import WithLoss
-from partita.sharding.batch import BatchLayouts, layouts
-from tests.distributed.cases import Case, beginning, outcome, plan_of, product_of, reference, run
-from tests.distributed.models import FAMILIES, loss_of
+from tests.distributed import remembered
+from tests.distributed.cases import Case, outcome, plan_of, product_of, reference, run
+from tests.distributed.models import FAMILIES
 from tests.distributed.spawn import free_port
 
 SIZES = (2, 3, 4, 6, 8)
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(tempfile.gettempdir()) / "partita-matrix.jsonl"
 SILENCE_SECONDS = 180.0
+TOGETHER = 64  # cases that one set of processes runs
 
 
 # -- equal by construction ---------------------------------------------------------------------------------------------
 
 
-def apart(cases: Sequence[Case], graphs: dict[str, Captured]) -> tuple[list[Case], Counter[str]]:
+def apart(cases: Sequence[Case], graphs: dict[str, Graph]) -> tuple[list[Case], Counter[str]]:
     """The cases that differ from every earlier one, and how many others are equal to one, by the reason."""
     seen: dict[object, Case] = {}
     kept, equal = [], Counter[str]()
@@ -71,11 +64,11 @@ def apart(cases: Sequence[Case], graphs: dict[str, Captured]) -> tuple[list[Case
     for case in cases:
         alike = replace(case, zero=0)
         if alike not in made:
-            graph = graphs[case.model].graph
+            graph = graphs[case.model]
             plan = plan_of(alike)
-            found = laid_out(graph, batch_norm=plan.batch_norm)
-            division = divided(graph, found, plan, batch=graph.batch)
-            program = lower(graph, found, plan, batch=graph.batch, division=division)
+            found = remembered.laid_out(graph, batch_norm=plan.batch_norm)
+            division = remembered.divided(graph, found, plan, batch=graph.batch)
+            program = remembered.lowered(graph, found, plan, batch=graph.batch, division=division)
             held = boxes(program, [t.name for t in graph.of_role("parameter")], case.ranks, division)
             shared = any(len(ranks) > 1 for box in held.values() for ranks in box.sets)
             made[alike] = programs.setdefault((case.model, case.tp, program), len(programs)), shared
@@ -132,66 +125,11 @@ def shows(case: Case) -> set[object]:
 
 # -- one rank ----------------------------------------------------------------------------------------------------------
 
-_current = [""]
-_captures: dict[object, Captured] = {}
-
-
-def remembered(model: torch.nn.Module, args: Any = (), kwargs: Any = None, **options: Any) -> Captured:
-    """``capture``, once for each kind of call of a model: cases differ in the plan, not in the model."""
-    forward = options.get("forward") or model
-    key = _current[0], type(forward).__name__, model.training, torch.is_grad_enabled()
-    if key not in _captures:
-        found = capture(model, args, kwargs, **options)
-        if found.effects or found.opaques:  # bound to this very model
-            return found
-        _captures[key] = found
-    return _captures[key]
-
-
-def captured(family: str) -> Captured:
-    """The model as called; the two other kinds of call that a case makes are captured as well, for all ranks."""
-    _current[0] = family
-    model, inputs, target = beginning(FAMILIES[family], Case(family, 1, 1).rows)
-    with torch.no_grad():
-        remembered(model, inputs, {})
-    remembered(model, (*inputs, target), {}, forward=WithLoss(model, loss_of))
-    return remembered(model, inputs, {})
-
-
-_layouts: dict[object, BatchLayouts] = {}
-
-
-def laid_out(graph: Graph, **options: Any) -> BatchLayouts:
-    """``layouts``, once for each model."""
-    key = id(graph), *options.values()
-    if key not in _layouts:
-        _layouts[key] = layouts(graph, **options)
-    return _layouts[key]
-
-
-_divisions: dict[object, Division | None] = {}
-
-
-def divided(graph: Graph, layouts: BatchLayouts, plan: Plan, *, batch: int) -> Division | None:
-    """``divide``, once for each way to lay the stages: neither schedule nor ZeRO level matter to it."""
-    key = id(graph), plan.stages, plan.batch, batch
-    if key not in _divisions:
-        _divisions[key] = divide(graph, layouts, plan, batch=batch)
-    return _divisions[key]
-
-
-def remember() -> None:
-    """Capture and divide once, not in every case."""
-    partita.api.capture = remembered  # type: ignore[attr-defined]
-    partita.runtime.bind.capture = remembered  # type: ignore[attr-defined]
-    for module in (partita.runtime.distributed.module, partita.runtime.local):
-        module.divide = divided  # type: ignore[attr-defined]
-    partita.runtime.distributed.module.layouts = laid_out  # type: ignore[attr-defined]
-
 
 def serve(cases: Sequence[Case], references: Path, results: Path, until: float, stamp: str) -> None:
     """Run cases on this rank until they or the time are over; rank 0 writes the results."""
     torch.set_num_threads(1)
+    gc.freeze()  # what the parent made is never looked through again
     world = join_world()
     devices = tuple(Device(f"cpu:{r}", "cpu", 1 << 34, 1e10, 1e10) for r in range(world.size))
     known: dict[str, Any] = {}
@@ -199,26 +137,29 @@ def serve(cases: Sequence[Case], references: Path, results: Path, until: float, 
         for case in cases:
             if world.from_first(time.time() > until, "whether there is time"):
                 break
-            _current[0] = case.model
+            remembered.about(case.model)
             if case.model not in known:
                 known[case.model] = torch.load(references / case.model, weights_only=False)
-            began = time.monotonic()
+            began, spent = time.monotonic(), time.process_time()
             if world.rank == 0:
                 (references / "running").write_text(str(case))
             problems = outcome(case, lambda c: run(c, Cluster(devices), known[c.model]))
-            every = world.gather(problems, "the results of a case")
-            problems = [f"rank {r}: {p}" for r, found in enumerate(every) for p in found]
+            gc.collect()  # a case's cycles hold what it shared with other ranks
+            every = world.gather((problems, time.process_time() - spent), "the results of a case")
+            problems = [f"rank {r}: {p}" for r, (found, _) in enumerate(every) for p in found]
             if world.rank == 0:
-                write(file, case, problems, time.monotonic() - began, stamp)
-            gc.collect()
+                write(file, case, problems, time.monotonic() - began, sum(cpu for _, cpu in every), stamp)
 
 
-def write(file: Any, case: Case, problems: Sequence[str], seconds: float, stamp: str) -> None:
+def write(
+    file: Any, case: Case, problems: Sequence[str], seconds: float, processors: float, stamp: str
+) -> None:  # fmt: skip
     line = {"case": str(case), "ranks": case.ranks, "count": len(problems), "problems": list(problems[:4]),
-            "seconds": round(seconds, 2), "code": stamp}  # fmt: skip
+            "seconds": round(seconds, 2), "processors": round(processors, 2), "code": stamp}  # fmt: skip
     file.write(json.dumps(line) + "\n")
     file.flush()
-    print(f"{'ok  ' if not problems else 'FAIL'} {case.ranks} ranks  {case}  {seconds:.1f} s", *problems[:2],
+    verdict = "ok  " if not problems else "FAIL"
+    print(f"{verdict} {case.ranks} ranks  {case}  {seconds:.1f} s, of processors {processors:.1f}", *problems[:2],
           sep="\n     ", flush=True)  # fmt: skip
 
 
@@ -246,17 +187,22 @@ def forked(work: Callable[[], None], log: Path, environment: dict[str, str] | No
         os._exit(code)
 
 
-def together(size: int, work: Callable[[], None], results: Path, folder: Path) -> bool:
-    """Run ``work`` on so many ranks; whether all ended well. Ranks that are silent for long are killed."""
+def started(size: int, work: Callable[[], None], folder: Path) -> dict[int, int]:
+    """So many ranks that do ``work``: process -> rank."""
     port = free_port()
     children = {}
     for rank in range(size):
         environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_PORT": str(port),
                        "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "PARTITA_STALL": "90"}  # fmt: skip
         children[forked(work, folder / f"{rank}.err", environment)] = rank
+    return children
+
+
+def ended(children: dict[int, int], results: Path) -> bool:
+    """Wait for the ranks; whether all ended well. Ranks that are silent for long are killed."""
     codes: dict[int, int] = {}
     written, silent = -1, 0.0
-    while len(codes) < size:
+    while len(codes) < len(children):
         for child in set(children) - set(codes):
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
@@ -312,8 +258,8 @@ def main(words: Sequence[str] | None = None) -> int:
     began = time.time()
     torch.set_num_threads(1)
     models = given.models.split(",")
-    remember()
-    graphs = {model: captured(model) for model in models}
+    remembered.remember()
+    graphs = {model: remembered.calls_of(model)[0][0].graph for model in models}
     wanted: dict[int, list[Case]] = {}
     equal: Counter[str] = Counter()
     for size in map(int, given.ranks.split(",")):
@@ -340,25 +286,37 @@ def _run(
             torch.save(reference(FAMILIES[model], Case(model, 1, 1).rows), folder / model)
 
     os.waitpid(forked(refer, folder / "reference.err"), 0)
-    stamp, tried = fingerprint(), set[Case]()
+    stamp, running = fingerprint(), folder / "running"
     for size, cases in wanted.items():
-        while time.time() < until:
-            left = [c for c in cases if c not in tried and wants(c, known(given.results), given)]
-            if not left:
-                break
-            running = folder / "running"
+        done = known(given.results)
+        left = neighbours([c for c in cases if wants(c, done, given)])
+        remembered.forget()
+        remembered.prepare(left[:TOGETHER])
+        while left and time.time() < until:
+            now, then = left[:TOGETHER], left[TOGETHER:]
             running.write_text("")
-            if together(
-                size, lambda left=left: serve(left, folder, given.results, until, stamp), given.results, folder
-            ):  # type: ignore[misc]
-                break
+            ranks = started(size, lambda now=now: serve(now, folder, given.results, until, stamp), folder)  # type: ignore[misc]
+            remembered.forget()  # the ranks have it
+            remembered.prepare(then[:TOGETHER])
+            if ended(ranks, given.results):
+                left = then
+                continue
             if not running.read_text():
                 print("\n".join(last_words(folder, size)))
                 break
             died = Case.read(running.read_text())
-            tried.update(left[: left.index(died) + 1])
+            left = left[left.index(died) + 1 :]
             with open(given.results, "a") as file:
-                write(file, died, last_words(folder, size), 0.0, stamp)
+                write(file, died, last_words(folder, size), 0.0, 0.0, stamp)
+            remembered.prepare(left[:TOGETHER])
+
+
+def neighbours(cases: Sequence[Case]) -> list[Case]:
+    """Those that differ in their ZeRO level only one after the other."""
+    groups: dict[Case, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(replace(case, zero=0), []).append(case)
+    return [case for group in groups.values() for case in group]
 
 
 def wants(case: Case, done: dict[str, dict[str, Any]], given: argparse.Namespace) -> bool:
@@ -370,7 +328,7 @@ def wants(case: Case, done: dict[str, dict[str, Any]], given: argparse.Namespace
 def summary(wanted: dict[int, list[Case]], done: dict[str, dict[str, Any]], equal: Counter[str]) -> int:
     """Print what was found, by ranks and by reason; 1 where something differs or was not run."""
     wrong, missing = Counter[str](), 0
-    print("\nranks  cases  equal  different  not run  seconds")
+    print("\nranks  cases  equal  different  not run  seconds  of processors")
     for size, cases in wanted.items():
         found = [done[str(c)] for c in cases if str(c) in done]
         bad = [f for f in found if f["count"]]
@@ -378,7 +336,8 @@ def summary(wanted: dict[int, list[Case]], done: dict[str, dict[str, Any]], equa
         for each in bad:
             wrong[each["problems"][0].split(": ", 1)[-1].split(" off by")[0]] += 1
         print(f"{size:5}  {len(cases):5}  {len(found) - len(bad):5}  {len(bad):9}  {len(cases) - len(found):7}  "
-              f"{sum(f['seconds'] for f in found):7.0f}")  # fmt: skip
+              f"{sum(f['seconds'] for f in found):7.0f}  "
+              f"{sum(f.get('processors', 0.0) for f in found):13.0f}")  # fmt: skip
     for reason, count in equal.most_common():
         print(f"not run, equal by construction: {count} ({reason})")
     for reason, count in wrong.most_common(20):

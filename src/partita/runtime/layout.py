@@ -40,3 +40,14 @@ def lying(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The same values, lying as ``like`` does; a copy where they lie otherwise."""
     order = memory_order(like)
     return no_view(turned_back(tensor.permute(order).contiguous(), order)) if order else tensor
+
+
+def as_parameter(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A gradient lying as its parameter does; a copy where it does not. Autograd's own do ("gradient layout contract",
+    ``torch/csrc/autograd/functions/accumulate_grad.h``), and what goes through both memories number by number takes it
+    for granted: ``AdamW(fused=True)`` on CPU silently takes other numbers."""
+    if grad.layout is not torch.strided or all(
+        size < 2 or a == b for size, a, b in zip(grad.shape, grad.stride(), parameter.stride(), strict=True)
+    ):
+        return grad
+    return torch.empty_like(parameter.detach(), dtype=grad.dtype, device=grad.device).copy_(grad)

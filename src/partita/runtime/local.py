@@ -21,7 +21,7 @@ from partita.runtime.codegen import SegmentCode, generate
 from partita.runtime.collectives import LocalGroup
 from partita.runtime.compiled import compiler_of
 from partita.runtime.kernels import resolver
-from partita.runtime.layout import cat
+from partita.runtime.layout import as_parameter, cat
 from partita.runtime.progress import DeviceState, StepState
 from partita.runtime.spmd_seats import Seat, whole_gradients
 from partita.runtime.spmd_seats import places as seats
@@ -303,7 +303,7 @@ def deliver(parameters: Mapping[str, torch.Tensor], grads: dict[str, torch.Tenso
         for name, grad in grads.items():
             parameter = parameters[name]
             if parameter.grad is None:
-                parameter.grad = grad
+                parameter.grad = as_parameter(grad, parameter)
             else:
                 parameter.grad.add_(grad)
     if hooked:

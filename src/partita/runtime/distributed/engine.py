@@ -24,6 +24,7 @@ from partita.runtime.distributed.shards import Shards
 from partita.runtime.distributed.sharing import Shares, Sharing
 from partita.runtime.distributed.world import World
 from partita.runtime.kernels import resolver
+from partita.runtime.layout import as_parameter
 from partita.runtime.local import Local, Lowered
 from partita.runtime.progress import StepState
 from partita.runtime.route import Step
@@ -283,7 +284,7 @@ class Distributed(Local):
 
     def _add(self, parameter: torch.nn.Parameter, grad: torch.Tensor) -> None:
         if parameter.grad is None:
-            parameter.grad = grad
+            parameter.grad = as_parameter(grad, parameter)
         else:
             parameter.grad.add_(grad)
 

@@ -24,6 +24,7 @@ from partita.runtime.distributed.collective import Members
 from partita.runtime.distributed.holding import Holding, absent
 from partita.runtime.distributed.messages import Sent
 from partita.runtime.distributed.world import World
+from partita.runtime.layout import as_parameter
 from partita.runtime.pieces import Piece
 from partita.torch_compat import version
 
@@ -33,7 +34,8 @@ Landing = Callable[[], object]
 
 @dataclass(frozen=True, eq=False)
 class Sharded:
-    """One parameter. ``rows``: of each rank; ``local``: this rank's; ``parameter``: the DTensor around it."""
+    """One parameter. ``rows``: of each rank, ``splits``: their elements; ``local``: this rank's; ``parameter``: the
+    DTensor around it."""
 
     name: str
     whole: nn.Parameter
@@ -42,11 +44,7 @@ class Sharded:
     local: torch.Tensor
     parameter: nn.Parameter
     members: Members
-
-    @property
-    def splits(self) -> list[int]:
-        width = torch.Size(self.whole.shape[1:]).numel()
-        return [r * width for r in self.rows]
+    splits: tuple[int, ...]
 
 
 class Shards:
@@ -89,7 +87,8 @@ class Shards:
         parameter = nn.Parameter(spread)
         if self.level == 3:
             whole.data = absent(whole)
-        return Sharded(name, whole, rows, start, local, parameter, members)
+        width = torch.Size(spread.shape[1:]).numel()
+        return Sharded(name, whole, rows, start, local, parameter, members, tuple(r * width for r in rows))
 
     def rows_of(self, name: str, grad: torch.Tensor) -> torch.Tensor:
         """Of a gradient of all that is held, what ``deliver`` takes."""
@@ -108,7 +107,7 @@ class Shards:
             return
         whole = entry.whole
         entry.parameter.grad = DTensor.from_local(
-            grad,
+            as_parameter(grad, entry.local),
             entry.parameter.device_mesh,  # type: ignore[attr-defined]
             [Shard(0)],
             run_check=False,
