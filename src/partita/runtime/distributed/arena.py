@@ -6,7 +6,8 @@
 Every rank maps every other's area (an anonymous file that ends with its process; nothing is left behind).
 Collectives are numbered, the same on all ranks; counters say up to which number a rank has written, and read. When
 an area is full it begins anew, once all ranks have read all of it. Waiting looks at the counters, a few microseconds
-busily, then asleep.
+busily, then asleep; where a host has more ranks than cores, the longer the less often: a core that looks is one that
+those who are waited for lack.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ PAGE = 4096
 BYTES = 64 << 20
 SPINS = 40
 NAP_SECONDS = 5e-5
+CROWDED_NAP_SECONDS = 1e-3
 GIVEN, SUMMED, READ = 0, 8, 16  # counters, one a cache line
 
 
@@ -43,6 +45,8 @@ class Arena:
         self.world, self.position, self.size, self.sent = world, position, len(maps), sent
         self.counters = [memoryview(m)[:PAGE].cast("q") for m in maps]
         self.areas = [torch.frombuffer(m, dtype=torch.uint8, offset=PAGE) for m in maps]
+        crowded = world.local_size > (os.cpu_count() or 1)
+        self.longest = CROWDED_NAP_SECONDS if crowded else NAP_SECONDS
         self.number = 0
         self.sums = 0  # how many of the ops are sums: only those are counted by SUMMED
         self.head = 0  # where the next op's place begins; the same on all ranks
@@ -235,10 +239,12 @@ class Arena:
         for _ in range(SPINS):
             if self._least(counter) >= value:
                 return
+        nap = NAP_SECONDS
         with self.world.watch.waiting(what):
             while self._least(counter) < value:
                 self.world.watch.check()
-                time.sleep(NAP_SECONDS)
+                time.sleep(nap)
+                nap = min(1.1 * nap, self.longest)  # about a tenth of what it has waited
 
 
 def _opened(

@@ -8,7 +8,7 @@ sum       every rank gets all of the sum                                        
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,3 +188,38 @@ def spread(world: World, value: torch.Tensor | None, owner: int, what: str, grou
         if value.numel():
             dist.broadcast(value.reshape(-1).view(torch.uint8), src=owner, group=group or world.whole)
     return value
+
+
+PACK_BYTES = 1 << 20
+
+
+def spread_all(
+    world: World, mine: Mapping[str, torch.Tensor], owners: Mapping[str, int], shapes: Mapping[str, torch.Size],
+    kinds: Mapping[str, torch.dtype], what: str,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Tensors of which each rank has some (``mine``: at least those it owns) on every rank, in the order of ``owners``;
+    small ones of one rank and dtype that follow each other in one message."""
+    packs: list[list[str]] = []
+    filled = 0
+    for name, owner in owners.items():
+        size = shapes[name].numel() * kinds[name].itemsize
+        before = packs[-1][-1] if packs else ""
+        if before and (owners[before], kinds[before]) == (owner, kinds[name]) and filled + size <= PACK_BYTES:
+            packs[-1].append(name)
+            filled += size
+        else:
+            packs.append([name])
+            filled = size
+    found = {}
+    for pack in packs:
+        owner, counts = owners[pack[0]], [shapes[name].numel() for name in pack]
+        if owner == world.rank:
+            flat = torch.cat([mine[name].detach().reshape(-1) for name in pack])
+        else:
+            flat = torch.empty(sum(counts), dtype=kinds[pack[0]], device=world.device)
+        if flat.numel():
+            with world.watch.waiting(f"{what} of {pack[0]}"):
+                dist.broadcast(flat.view(torch.uint8), src=owner, group=world.whole)
+        for name, part in zip(pack, flat.split(counts), strict=True):  # type: ignore[no-untyped-call]
+            found[name] = mine[name] if owner == world.rank else part.view(shapes[name])
+    return found

@@ -20,12 +20,12 @@ from partita.lower import lower
 from partita.plan import Plan
 from partita.runtime.bind import Binder
 from partita.runtime.distributed.boxes import Boxes, boxes
-from partita.runtime.distributed.collective import spread
+from partita.runtime.distributed.collective import spread_all
 from partita.runtime.distributed.cutting import cut_pieces
 from partita.runtime.distributed.engine import Distributed
 from partita.runtime.distributed.holding import Holding, is_absent
 from partita.runtime.distributed.memory import Held, held, measure_rank
-from partita.runtime.distributed.messages import Sent, rank_of
+from partita.runtime.distributed.messages import DTYPES, Sent, rank_of
 from partita.runtime.distributed.optimizers import guard
 from partita.runtime.distributed.shards import Shards
 from partita.runtime.distributed.world import World
@@ -174,15 +174,14 @@ class RankModule(ParallelModule):
             if grad is not None:
                 mine[name] = self.holding.whole(name, grad)
         first = {n: self.holding.first(n) for n in self.holding.parameters}
-        there = torch.tensor([float(first[n] == self.world.rank and n in mine) for n in first])
+        there = torch.tensor(
+            [1 + DTYPES.index(mine[n].dtype) if r == self.world.rank and n in mine else 0 for n, r in first.items()]
+        )
         with self.world.watch.waiting("which parameters have gradients"):
             dist.all_reduce(there, group=self.world.control)
-        return {
-            name: spread(
-                self.world, mine[name] if owner == self.world.rank else None, owner, f"the gradient of {name}"
-            )
-            for (name, owner), given in zip(first.items(), there.tolist(), strict=True) if given
-        }  # fmt: skip
+        kinds = {name: DTYPES[kind - 1] for name, kind in zip(first, there.tolist(), strict=True) if kind}
+        shapes = {name: self.holding.parameters[name].shape for name in kinds}
+        return spread_all(self.world, mine, {n: first[n] for n in kinds}, shapes, kinds, "the gradient")
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """``torch.nn.utils.clip_grad_norm_`` over the parameters of all ranks (that function itself would see only

@@ -121,6 +121,7 @@ class _State:
     next: int = 0
     pushed: int = 0
     sent: list[_Sent] = field(default_factory=list)
+    pending: int = 0  # gradients that are not complete
 
 
 class Reducer:
@@ -140,6 +141,8 @@ class Reducer:
         self.left = dict(sums.expected)
         self.states = [_State(s, members(s.ranks)) for s in sums.shared]
         self.state_of = {n: state for state in self.states for n in state.shared.names}
+        for state in self.states:
+            state.pending = sum(self.left.get(n, 0) > 0 for n in state.shared.names)
         self._hooks: list[Any] = []
         self.given: set[str] = set()
 
@@ -154,6 +157,7 @@ class Reducer:
         self.done(name)
         self.left[name] -= 1
         if self.left[name] <= 0:
+            self.state_of[name].pending -= self.left[name] == 0
             self.advance(self.state_of[name])
 
     def advance(self, state: _State, *, all_of_them: bool = False) -> None:
@@ -161,7 +165,7 @@ class Reducer:
         buckets = state.shared.buckets
         while state.next < len(buckets):
             bucket = buckets[state.next]
-            ready = all(self.left.get(n, 0) <= 0 for n in (state.shared.names if bucket.marks else bucket.names))
+            ready = not state.pending if bucket.marks else all(self.left.get(n, 0) <= 0 for n in bucket.names)
             if not (all_of_them or ready):
                 return
             state.next += 1
