@@ -45,6 +45,7 @@ class Arena:
         self.world, self.position, self.size, self.sent = world, position, len(maps), sent
         self.counters = [memoryview(m)[:PAGE].cast("q") for m in maps]
         self.areas = [torch.frombuffer(m, dtype=torch.uint8, offset=PAGE) for m in maps]
+        self.typed: dict[torch.dtype, list[torch.Tensor]] = {}
         crowded = world.local_size > (os.cpu_count() or 1)
         self.longest = CROWDED_NAP_SECONDS if crowded else NAP_SECONDS
         self.number = 0
@@ -222,7 +223,9 @@ class Arena:
                 land()
 
     def _view(self, rank: int, offset: int, count: int, kind: torch.dtype) -> torch.Tensor:
-        return self.areas[rank][offset : offset + count * kind.itemsize].view(kind)
+        if kind not in self.typed:
+            self.typed[kind] = [area.view(kind) for area in self.areas]
+        return self.typed[kind][rank].narrow(0, offset // kind.itemsize, count)
 
     def _taken(self, rank: int, offset: int, first: int, last: int, kind: torch.dtype) -> torch.Tensor:
         """Elements of what another rank has put there, counted."""
