@@ -330,17 +330,23 @@ def test_the_search_finds_megatrons_column_and_row_pairs() -> None:
             return out
 
     model, x = Pair(), torch.randn(8, 4, 32)
-    whole_norm = (("norm:layer_norm", "Replicate"),)  # left to itself it divides the norm's rows, as x has no gradient
-    plan = Plan((Stage(("cpu:0", "cpu:1"), ("",), shard=whole_norm, tensor=2),), batch=Batch(8, 1))
     graph = capture(model, (x,), {}).graph
-    named = with_shards(graph, layouts(graph), plan, slow_link(2))
-    assert dict(named.stages[0].shard) == {
-        "down.weight": "Shard(1)", "norm:layer_norm": "Replicate", "up.bias": "Shard(0)", "up.weight": "Shard(0)"
-    }  # fmt: skip
-    division = divide(graph, layouts(graph), named, batch=8)
-    assert division is not None
-    sent = [op.target for op in division.graph.ops if op.target.startswith("partita.")]
-    assert sent == ["partita.copied", "partita.all_reduce"]  # one in backward, one in forward
+
+    def sent(whole: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+        """What is divided where these ops are not, and what the members send."""
+        asked = tuple((name, "Replicate") for name in whole)
+        plan = Plan((Stage(("cpu:0", "cpu:1"), ("",), shard=asked, tensor=2),), batch=Batch(8, 1))
+        named = with_shards(graph, layouts(graph), plan, slow_link(2))
+        division = divide(graph, layouts(graph), named, batch=8)
+        assert division is not None
+        parameters = {name: how for name, how in named.stages[0].shard if name not in whole}
+        return parameters, [op.target for op in division.graph.ops if op.target.startswith("partita.")]
+
+    pair = {"down.weight": "Shard(1)", "up.bias": "Shard(0)", "up.weight": "Shard(0)"}
+    assert sent(("norm:layer_norm", ":add")) == (pair, ["partita.copied", "partita.all_reduce"])  # backward, forward
+    # left to itself it divides what is between the pairs too, by rows (Korthikanti et al., 2022), for as many bytes
+    rows = ["partita.take", "partita.all_gather_copied", "partita.reduce_scatter", "partita.all_gather"]
+    assert sent(()) == (pair, rows)
 
 
 def test_the_loss_of_a_divided_vocabulary_gathers_no_logits() -> None:

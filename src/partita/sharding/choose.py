@@ -150,12 +150,18 @@ class _Search:
         if maker is not None:
             for option in self.ways[maker.name].from_output(maker.outputs.index(name), placement):
                 self.add(maker, option)
+            for option in tuple(self.options[maker.name].values()):
+                self.add(maker, self.ways[maker.name].scattered(option, placement))
 
     def add(self, op: Op, option: Option | None) -> None:
         known = self.options[op.name]
         if option is None or len(known) >= PER_OP or option in known.values():
             return
-        known[f"{option.way} {option.label}", option.cut] = option  # type: ignore[index]
+        rows = f" {option.outputs[0]}" if option.way == "summed" else ""
+        known[f"{option.way} {option.label}{rows}", option.cut] = option  # type: ignore[index]
+        if option.way == "summed":
+            for placement in tuple(self.placements.get(op.outputs[0], ())):
+                self.add(op, self.ways[op.name].scattered(option, placement))
         for tensor, placement in zip(self.ways[op.name].operands, option.inputs, strict=True):
             if isinstance(placement, Shard):
                 self.propose(tensor.name, placement)

@@ -1,7 +1,7 @@
 """Local calls: an op's arguments on one member: sizes of its own rows, no bias before a sum, its part of a table.
 
 view(x, (b, s, 3, 12, 64))   heads divided by two    ->   view(x, (b, s, 3, 6, 64))
-linear(x, w, bias)           inputs divided          ->   linear(x, w) ─ all_reduce ─ add(bias)
+linear(x, w, bias)           inputs divided          ->   linear(x, w) ─ all_reduce or reduce_scatter ─ add(bias)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 from partita.graph import Arg, Dim, Graph, Op, Ref, Size, Tensor
 from partita.sharding.call import Call
 from partita.sharding.options import Option
-from partita.sharding.placements import Shard
+from partita.sharding.placements import Placement, Shard, local_shape
 from partita.sharding.reading import short
 from partita.sharding.registry import find
 
@@ -36,7 +36,7 @@ def local_call(
     if option.way == "mean":
         return _mean(graph, whole, op, option, rank)
     if option.way == "summed":
-        return _summed(graph, whole, op)
+        return _summed(graph, whole, op, option.outputs[0], rank)
     return (op,), ()
 
 
@@ -144,8 +144,8 @@ def _mean(graph: Graph, whole: Op, op: Op, option: Option, rank: int) -> Steps:
     return (replace(op, outputs=(own.name,)), weigh), (own,)
 
 
-def _summed(graph: Graph, whole: Op, op: Op) -> Steps:
-    """A product over divided rows: added up, then the bias."""
+def _summed(graph: Graph, whole: Op, op: Op, wanted: Placement, rank: int) -> Steps:
+    """A product over divided rows: added up, all of it or this member's rows, then the bias."""
     kind, result = short(op.target), op.outputs[0]
     if kind == "addmm":
         bias, product = op.args[0], replace(op, target="aten.mm.default", args=op.args[1:])
@@ -154,7 +154,9 @@ def _summed(graph: Graph, whole: Op, op: Op) -> Steps:
     assert isinstance(bias, Ref)
     tensor = graph.tensor(whole.outputs[0])
     own, total = (replace(tensor, name=f"{result}@{what}", base="") for what in ("product", "sum"))
-    steps = [replace(product, outputs=(own.name,)), _extra(op, "all_reduce", (Ref(own.name),), total.name)]
+    kept = ("all_reduce",) if not isinstance(wanted, Shard) else ("reduce_scatter", wanted.dim, wanted.cut.rounds)
+    total = replace(total, shape=local_shape(tensor.shape, wanted, rank))
+    steps = [replace(product, outputs=(own.name,)), _extra(op, kept[0], (Ref(own.name), *kept[1:]), total.name)]
     tensors = [own, total]
     if kind.startswith("conv"):  # the bias is one number a channel, dim 1
         held = graph.tensor(bias.name)

@@ -24,9 +24,9 @@ class Option:
     """``inputs``: how it wants each operand (``Call.operands``); ``outputs``: how its results come out.
 
     ``way``: 'replicated', 'plain' (the op on what each member holds), 'passed' (the same, on sums that are still to be
-    added), 'summed' (a product whose sum is added up at once, before its bias), 'mean' (weighted by each one's rows),
-    'table' (look up in own rows, zero elsewhere), 'loss' (cross entropy over divided classes). ``label``, ``cut``:
-    what is divided.
+    added), 'summed' (a product whose sum is added up at once, before its bias: all of it, or to each member its rows),
+    'mean' (weighted by each one's rows), 'table' (look up in own rows, zero elsewhere), 'loss' (cross entropy over
+    divided classes). ``label``, ``cut``: what is divided.
     """
 
     way: str
@@ -139,6 +139,20 @@ class Ways:
         if self.writes and not self._writes_stay(inputs, outputs):
             return None
         return Option(way, tuple(inputs), tuple(outputs), label, cut)
+
+    def scattered(self, summed: Option, placement: Placement) -> Option | None:
+        """A ``summed`` option of which each member gets its rows of the sum, and adds the bias to those; None where the
+        bias has these rows too."""
+        read = self.reading
+        if read is None or read.outputs[0] is None or not isinstance(placement, Shard) or summed.way != "summed":
+            return None
+        if placement.dim >= len(read.outputs[0]) or summed.outputs != (REPLICATE,):
+            return None
+        rows = set(read.outputs[0][placement.dim])
+        if any(rows & {name for dim in read.inputs[i] or () for name in dim} for i in read.added):
+            return None
+        inputs = tuple(self._whole(i) if i in read.added else p for i, p in enumerate(summed.inputs))
+        return Option("summed", inputs, (placement,), summed.label, summed.cut)
 
     def _held(self, dims: tuple[tuple[str, ...], ...] | None, label: str, cut: Cut) -> Placement | None:
         """The placement of a tensor with these labels, Replicate where it has not this one; None: cannot be said."""

@@ -63,7 +63,9 @@ def work(prices: Prices, members: int, graph: Graph, op: Op, option: Option) -> 
     seconds = passes * (share * op.flops / prices.flops + moved / prices.memory)
     if option.way == "summed":
         whole = sum(t.nbytes(batch) for t in results)
-        seconds += 2 * (prices.latency + (members - 1) / members * whole / prices.link)
+        seconds += passes * whole / prices.memory  # the product, before it is added up
+        passes = 2.0 if passes > 1 or not isinstance(option.outputs[0], Shard) else 1.0  # scattered, and gathered back
+        seconds += passes * (prices.latency + (members - 1) / members * whole / prices.link)
     return seconds
 
 
