@@ -38,7 +38,7 @@ SIDEWAYS = {
     ("simulate", "inbox"), ("apart", "simulate"), ("predict", "apart"), ("predict", "divide"),
     ("predict", "group_costs"),
     ("manual", "assign"), ("check", "assign"), ("check", "check_tensor"), ("predict", "lower"), ("predict", "simulate"),
-    ("capture", "torch_compat"), ("runtime", "torch_compat"),
+    ("capture", "torch_compat"), ("runtime", "torch_compat"), ("measure", "torch_compat"),
     ("runtime", "capture"), ("measure", "capture"), ("measure", "runtime"), ("checkpoint", "runtime"),
     ("api", "ranks"), ("api", "automatic"), ("api", "compiling"), ("automatic", "compiling"),
     ("cli", "launch"), ("cli", "factory"), ("cli", "doctor"), ("cli", "api"), ("cli", "report"),

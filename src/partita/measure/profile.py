@@ -5,7 +5,7 @@ two of them in turn, so that weights come from memory as in a step. Each unit ru
 device's own thread and cores, with real inputs: a forward of every unit, then backward and weight gradients in reverse,
 first with no gradients yet, then adding to them. Devices that share the machine's memory run at the same time, and one
 of each kind once more by itself. A large model's step takes seconds, and all of this is waited for: the first round,
-which warms up, is one pass of the smallest size, and a device by itself takes one pass over one of each kind of unit.
+which warms up, is one pass of the smallest size, and as when a device runs by itself, over one of each kind of unit.
 What other processes take meanwhile is not counted where that can be told (``_clock``; see ``timings``).
 """
 
@@ -203,11 +203,20 @@ def _rounds(
     began = time.perf_counter()
     try:
         for number in range(MOST_ROUNDS):
+            before = time.perf_counter()
             for script in scripts if number else scripts[:1]:
                 barrier = threading.Barrier(len(script.lanes))
                 team.run(
                     {
-                        lane.device.name: partial(_round, lane, script.chosen, train, barrier, number, again=number > 0)
+                        lane.device.name: partial(
+                            _round,
+                            lane,
+                            script.chosen if number else script.distinct,
+                            train,
+                            barrier,
+                            number,
+                            again=number > 0 and len(script.program.sizes) > 1,
+                        )
                         for lane in script.lanes
                     },
                     barrier.abort,
@@ -222,8 +231,8 @@ def _rounds(
                     run = partial(_round, lane, largest.distinct, train, nobody, number, alone=True)
                     team.run({lane.device.name: run}, nobody.abort)
             advance()
-            spent = time.perf_counter() - began
-            if number and spent + spent / (number + 1) > budget:
+            now = time.perf_counter()
+            if number and now - began + now - before > budget:  # another like this one
                 break
     finally:
         team.close()
@@ -267,8 +276,8 @@ def _round(
     lane: _Lane, chosen: Sequence[int], train: bool, barrier: threading.Barrier, turn: int, *, alone: bool = False,
     again: bool = False,
 ) -> None:  # fmt: skip
-    """A pass over the chosen units with no gradients yet, and ``again`` one that adds to them. ``alone``: so they are
-    noted."""
+    """A pass over the chosen units with no gradients yet, and ``again`` one that adds to them, which only further
+    microbatches do. ``alone``: so they are noted."""
     rehearsal = lane.rehearsal
 
     def wait() -> None:

@@ -19,6 +19,7 @@ from partita.runtime.compiled import Compiler
 from partita.runtime.kernels import resolver
 from partita.runtime.weight_grad import WeightQueue, mark, use_queue
 from partita.sharding.batch import BatchLayouts
+from partita.torch_compat import run_backward
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -102,7 +103,7 @@ class Rehearsal:
         roots, leaves = self._pending.pop(index)
         self.queue.key = index
         if roots:
-            torch.autograd.backward(roots, grads)
+            run_backward(roots, grads)
         for leaf in leaves:
             leaf.grad = None
 

@@ -49,8 +49,9 @@ def numbers(
     typical = {key: median(values) for key, values in times.items()}
     found: dict[str, list[dict[str, float]]] = {}
     for index, signature, whole, saved in units:
-        row = {phase: typical.get((index, phase, False), 0.0) for phase in PHASES}
-        row["first"] = sum(typical.get((index, phase, True), 0.0) - row[phase] for phase in PHASES)
+        new = {phase: typical.get((index, phase, True), 0.0) for phase in PHASES}
+        row = {phase: typical.get((index, phase, False), new[phase]) for phase in PHASES}  # one microbatch: all is new
+        row["first"] = sum(new[phase] - row[phase] for phase in PHASES)
         row["saved"] = saved
         row["whole"] = float(whole)
         found.setdefault(signature, []).append(row)
