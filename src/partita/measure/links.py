@@ -7,7 +7,7 @@ windows that open slowly or a full bucket add or save once is no bandwidth. The 
 them, the process group's own work included: what that adds to the link's own latency (``ping``) is the overhead.
 Of the repeats the least is taken for small messages and the lower quartile for large ones: a core that is shared
 delays some. What messages take of the ends' cores is this process's own time on one host, and between hosts what
-computing beside them loses (``beside``): others do part of the work there.
+computing beside them loses (``disturbance``): others do part of the work there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from partita.measure import ping
-from partita.measure.beside import bytes_a_lost_second
+from partita.measure.disturbance import bytes_a_lost_second
 from partita.runtime.distributed import World
 
 EVERY_PAIR = 8

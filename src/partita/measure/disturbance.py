@@ -1,4 +1,4 @@
-"""Beside: what a transfer between hosts takes of the cores that compute meanwhile.
+"""Disturbance: what a transfer between hosts takes of the cores that compute meanwhile.
 
     alone     products, and nothing else              seconds a product
     beside    products while messages go both ways    what they took longer than so many alone: lost to the messages
