@@ -130,11 +130,12 @@ def _disable(function: Any, *rest: Any, **how: Any) -> Any:
 
 
 def _make_way() -> None:
-    for name, module in [(n, m) for n, m in sys.modules.items() if isinstance(m, _StandIn)]:
-        if sys.modules.get(name) is module:
-            del sys.modules[name]
-    while _let_be:
-        vars(_let_be.pop()).pop("__dynamo_disable", None)  # what the caller has kept of the answer
+    for name, module in list(sys.modules.items()):
+        if isinstance(module, _StandIn):
+            sys.modules.pop(name, None)
+    for function in list(_let_be):
+        vars(function).pop("__dynamo_disable", None)  # what the caller has kept of the answer
+    _let_be.clear()
 
 
 def has_dynamo() -> bool:
