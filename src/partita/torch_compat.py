@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import os
 import sys
-import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar, cast
@@ -50,7 +47,6 @@ __all__ = [
     "enable_python_dispatcher",
     "force_eager",
     "global_hooks",
-    "has_dynamo",
     "has_grad_hooks",
     "keeps_graph",
     "no_function_modes",
@@ -71,7 +67,6 @@ __all__ = [
     "watched",
     "whole_compilation",
     "without_pre_dispatch",
-    "without_dynamo",
     "wrapped",
 ]
 
@@ -88,89 +83,6 @@ class PreDispatchMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # otherwise the first op imports torch._dynamo, which takes seconds
-
-
-class _StandIn(types.ModuleType):
-    """A module of torch._dynamo while nobody asks more of it than what is ``known``. At the first other question the
-    real one is imported, whichever thread asks, and this one passes on to it."""
-
-    def __init__(self, name: str, **known: Any) -> None:
-        super().__init__(name)
-        vars(self)["_known"] = known
-
-    def __getattr__(self, name: str) -> Any:
-        package = self.__name__ == "torch._dynamo"
-        if name.startswith("__") and not (package and name == "__path__"):  # somebody looks through sys.modules
-            raise AttributeError(name)
-        if sys.modules.get(self.__name__) is self and name in self._known:
-            return self._known[name]
-        _make_way()
-        return getattr(importlib.import_module(self.__name__), name)
-
-
-class _Source(torch._guards.Source):
-    """Where a fake tensor comes from, which only dynamo's own tracing asks."""
-
-    def __init__(self, name: str) -> None:
-        pass
-
-    _name_template = "partita"
-
-
-_let_be: list[Any] = []  # functions of torch that dynamo would have been kept out of
-
-
-def _disable(function: Any, *rest: Any, **how: Any) -> Any:
-    """``torch._dynamo.disable`` as ``torch._disable_dynamo`` calls it: where dynamo is not, there is nothing to do."""
-    if how != {"wrapping": False}:
-        _make_way()
-        return cast(Any, torch)._dynamo.disable(function, *rest, **how)
-    _let_be.append(function)
-    return function
-
-
-def _make_way() -> None:
-    for name, module in list(sys.modules.items()):
-        if isinstance(module, _StandIn):
-            sys.modules.pop(name, None)
-    for function in list(_let_be):
-        vars(function).pop("__dynamo_disable", None)  # what the caller has kept of the answer
-    _let_be.clear()
-
-
-def has_dynamo() -> bool:
-    """Whether anything in this process has imported torch._dynamo, so that something may be compiled."""
-    return not isinstance(sys.modules.get("torch._dynamo", _ABSENT), _StandIn)
-
-
-_ABSENT = _StandIn("torch._dynamo")
-
-
-@contextmanager
-def without_dynamo() -> Iterator[Callable[[], bool]]:
-    """Tracing inside imports torch._dynamo, which takes 1.5 s and more, only where it needs it. What is given tells
-    whether anybody has imported it by now.
-
-    A FakeTensorMode imports it for two settings, to ask of each tensor whether dynamo made it, and to keep it out of
-    torch's own functions. Where nobody has imported it the answers are known: the defaults, no, and nothing to keep
-    out. Public: none.
-    """
-    if "torch._dynamo" in sys.modules:
-        yield has_dynamo
-        return
-    on = functools.partial(os.environ.get, "TORCH_FAKE_TENSOR_DISPATCH_CACHE")
-    config = _StandIn(
-        "torch._dynamo.config", fake_tensor_cache_enabled=on("1") == "1", _custom_ops_profile=None,
-        fake_tensor_cache_crosscheck_enabled=os.environ.get("TORCH_FAKE_TENSOR_DISPATCH_CACHE_CROSSCHECK") == "1",
-    )  # fmt: skip
-    none = type("RandomValueSource", (), {})
-    source = _StandIn("torch._dynamo.source", ConstantSource=_Source, RandomValueSource=none)
-    package = _StandIn("torch._dynamo", config=config, source=source, disable=_disable)
-    sys.modules.update({m.__name__: m for m in (package, config, source)})
-    try:
-        yield has_dynamo
-    finally:
-        _make_way()
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -226,7 +138,7 @@ def autocasting() -> str:
 @contextmanager
 def force_eager() -> Iterator[None]:
     """Functions under ``torch.compile`` run as plain Python inside."""
-    if not has_dynamo():
+    if "torch._dynamo" not in sys.modules:
         yield
         return
     stance: Callable[[str], Any] = torch.compiler.set_stance
@@ -277,7 +189,7 @@ def not_compiled(function: F) -> F:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not has_dynamo():
+        if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not made:
             made.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from partita.capture.structure import Structure, held_by, put_together, still_ho
 from partita.capture.tracer import Draws, Tracer
 from partita.capture.unfit import ordinary, unfit
 from partita.errors import CaptureError
-from partita.torch_compat import FakeTensor, has_dynamo, without_dynamo
+from partita.torch_compat import FakeTensor
 
 
 @contextmanager
@@ -65,17 +65,8 @@ def capture(
     running the model as it is cannot work. Without ``guards`` a module that reads values of the inputs runs as one
     piece. ``beside``: what ``forward`` runs that is no part of the model.
     """
-
-    def attempt() -> Captured:
-        return _Capture(model, tuple(args), dict(kwargs or {}), forward or model, guards, beside or Beside()).result()
-
     with _ONE_AT_A_TIME, _quiet():
-        if not has_dynamo():
-            with suppress(CaptureError), without_dynamo() as came:
-                found = attempt()
-                if not came():
-                    return found
-        return attempt()  # what forward itself compiles is traced as plain Python, which the first could not know
+        return _Capture(model, tuple(args), dict(kwargs or {}), forward or model, guards, beside or Beside()).result()
 
 
 class _Capture:
