@@ -16,8 +16,10 @@ from dataclasses import dataclass, replace
 from partita.cluster import Cluster
 from partita.cost.communication import (
     IN_FLIGHT,
+    REST_SECONDS,
     buckets,
     large_bytes,
+    opening_seconds,
     ring,
     ring_all_reduce,
     ring_host_seconds,
@@ -154,13 +156,15 @@ def _during(
     apart = any(e.kind == "W" for e in ends)
     begin = end if apart else min(end, max((e.start for e in last if e is not None), default=end))
     channel = ring(cluster, members)
-    messages = buckets(sizes[::-1], large_bytes(channel))
+    messages = buckets(sizes[::-1], large_bytes(channel, sum(sizes)))
     end += 0.0 if apart else ring_host_seconds(sum(sizes), len(members), channel)
     lanes, free = [begin] * IN_FLIGHT, begin
     delay = ring_all_reduce(0.0, len(members), channel)
+    opening = opening_seconds(channel) if begin > REST_SECONDS else 0.0
     for k, nbytes in enumerate(messages):
         ready = begin + (end - begin) * (k + 1) / len(messages)
         free = max(free, ready, min(lanes)) + ring_all_reduce(nbytes, len(members), channel) - delay
+        free += opening if not k else 0.0
         lanes[lanes.index(min(lanes))] = free + delay
     done = max(*lanes, end)
     return Event(device, "REDUCE", "REDUCE", -1, -1, begin, done, sum(sizes))

@@ -19,10 +19,16 @@ from partita.cluster import Cluster
 
 BUCKET_BYTES = 1 << 21
 LARGE_BYTES = 1 << 18
-MOST_BYTES = 1 << 23
+MOST_BYTES, FEWEST_PARTS = 1 << 23, 8
 IN_FLIGHT = 2
 """Gradients of at least ``LARGE_BYTES`` are sent alone, smaller ones together up to a bucket; over a link with a long
-delay larger ones too, up to ``MOST_BYTES``. A process group of Gloo has so many sums in flight at a time."""
+delay larger ones too, up to ``MOST_BYTES`` and to one of ``FEWEST_PARTS`` of all, so that most is on its way before the
+last is there. A process group of Gloo has so many sums in flight at a time."""
+
+FIRST_WINDOW_BYTES = 10 * 1448
+REST_SECONDS = 0.2
+"""What a TCP connection that rested so long sends in its first round trip, and doubles in each (RFC 6928; RFC 5681,
+section 4.1; RFC 6298 with Linux's least timeout)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +55,24 @@ def ring(cluster: Cluster, members: Sequence[str]) -> Channel:
     )
 
 
-def large_bytes(channel: Channel) -> int:
-    """From which size on a gradient is worth a message of its own: as much as the link carries while a word goes there
-    and back."""
-    both_ways = 2 * channel.latency * channel.bandwidth if channel.latency else 0.0
-    return int(max(LARGE_BYTES, min(both_ways, MOST_BYTES)))
+def large_bytes(channel: Channel, total: float) -> int:
+    """From which size on a gradient, of ``total`` bytes of them, is worth a message of its own: as much as the link
+    carries while a word goes there and back."""
+    return int(max(LARGE_BYTES, min(_there_and_back(channel), MOST_BYTES, total / FEWEST_PARTS)))
+
+
+def _there_and_back(channel: Channel) -> float:
+    """Bytes that the link carries while a word goes there and back."""
+    return 2 * channel.latency * channel.bandwidth if channel.latency else 0.0
+
+
+def opening_seconds(channel: Channel) -> float:
+    """What the first message after a rest takes longer, where sockets carry it: their window opens from round trip to
+    round trip, and what went meanwhile would have taken one at full speed."""
+    full = _there_and_back(channel)
+    if channel.host == inf or full <= 2 * FIRST_WINDOW_BYTES:
+        return 0.0
+    return 2 * channel.latency * (log2(full / FIRST_WINDOW_BYTES) - 1)
 
 
 def buckets(sizes: Iterable[int], large: int = LARGE_BYTES) -> tuple[int, ...]:

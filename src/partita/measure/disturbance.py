@@ -1,17 +1,18 @@
 """Disturbance: what a transfer between hosts takes of the cores that compute meanwhile.
 
-    alone     products, and nothing else              seconds a product
-    beside    products while messages go both ways    what they took longer than so many alone: lost to the messages
+    alone     products, and nothing else                           seconds a product
+    beside    products while tensors are summed over the hosts     what they took longer than so many alone
 
 The time of this process would miss what kernels, interrupts and other processes of a host do for a message, and count
-what cores that have nothing to compute do for nothing. Where a rank has cores to spare nothing is lost.
+what cores that have nothing to compute do for nothing. Where a rank has cores to spare nothing is lost. Sums are timed,
+since they are what moves most beside computing, and cost more than messages of as many bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 from statistics import median
-from threading import Thread
 from time import perf_counter
 from typing import Any
 
@@ -19,32 +20,44 @@ import torch
 import torch.distributed as dist
 
 from partita.runtime.distributed import World
+from partita.runtime.distributed.world import Group
 
 ROUNDS = 3
 ALONE_SECONDS = 0.1
-MESSAGE = 1 << 20
-AIM_SECONDS, MOST = 0.12, 12  # of all messages one way
+SUMMED = 1 << 20  # bytes of a tensor
+AIM_SECONDS, MOST = 0.12, 12  # of all sums together
 WIDTH = 256  # of a product: 1 ms or less on a core
 
 
-def bytes_a_lost_second(world: World, peer: int, bandwidth: float) -> float:
-    """Bytes sent or taken for each second that this rank or ``peer``, whichever loses more, is kept from computing;
-    inf where nothing is lost. Both call it. ``bandwidth``: of the link, bytes per second.
+def bytes_a_lost_second(world: World, ranks: Sequence[int], bandwidth: float) -> float:
+    """Bytes sent or taken for each second that one of these ranks, one of each host, is kept from computing, whichever
+    loses most; inf where nothing is lost. Collective, over all ranks. ``bandwidth``: of the slowest link among them,
+    bytes per second.
 
-    Some tenths of a second; on a slow link one.
+    Some tenths of a second; on a slow link one or two.
     """
-    count = max(2, min(MOST, round(AIM_SECONDS * bandwidth / MESSAGE)))
-    messages = [torch.zeros(MESSAGE, dtype=torch.uint8) for _ in range(2 * count)]
+    group, lost = world.group(ranks, "" if len(ranks) == world.size else "the cores' disturbance"), 0.0
+    count = max(2, min(MOST, round(AIM_SECONDS * bandwidth / SUMMED)))
+    if world.rank in ranks:
+        with world.watch.waiting("the other hosts to sum beside computing"):
+            lost = _lost(group, count)
+    worst = max(world.gather(lost, "what sums take of the cores"))
+    moved = 4 * (len(ranks) - 1) / len(ranks) * count * SUMMED
+    return moved / worst if worst > 0 else inf
+
+
+def _lost(group: Group, count: int) -> float:
+    """Seconds that so many sums keep this rank from computing."""
+    tensors = [torch.zeros(SUMMED // 4) for _ in range(count)]
     left = torch.randn(torch.get_num_threads(), WIDTH, WIDTH)
     product = torch.empty_like(left)
-    lost = []
+    found = []
     for _ in range(ROUNDS):
-        _meet(world, peer)
+        dist.barrier(group=group)
         each = _alone(left, product)
-        _meet(world, peer)
-        lost.append(_beside(left, product, each, world, peer, messages))
-    worse = max(median(lost), _swapped(world, peer, median(lost)))
-    return 2 * count * MESSAGE / worse if worse > 0 else inf
+        dist.barrier(group=group)
+        found.append(_beside(left, product, each, group, tensors))
+    return median(found)
 
 
 def _alone(left: torch.Tensor, product: torch.Tensor) -> float:
@@ -57,42 +70,15 @@ def _alone(left: torch.Tensor, product: torch.Tensor) -> float:
 
 
 def _beside(
-    left: torch.Tensor, product: torch.Tensor, each: float, world: World, peer: int, messages: list[torch.Tensor]
+    left: torch.Tensor, product: torch.Tensor, each: float, group: Group, tensors: Sequence[torch.Tensor]
 ) -> float:
-    """Seconds that the messages, half of them sent and half taken, kept this rank from products."""
-    failed: list[BaseException] = []
-
-    def exchange() -> None:
-        half = len(messages) // 2
-        try:
-            under_way: list[Any] = [dist.irecv(m, peer, group=world.control) for m in messages[:half]]
-            under_way += [dist.isend(m, peer, group=world.control) for m in messages[half:]]
-            for work in under_way:
-                work.wait()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = Thread(target=exchange, name="partita exchange", daemon=True)
+    """Seconds that the sums of these kept this rank from products."""
     count, start = 0, perf_counter()
-    thread.start()
-    while thread.is_alive():
+    under_way: list[Any] = [dist.all_reduce(t, group=group, async_op=True) for t in tensors]
+    while not all(work.is_completed() for work in under_way):
         torch.bmm(left, left, out=product)
         count += 1
     whole = perf_counter() - start
-    thread.join()
-    if failed:
-        raise failed[0]
+    for work in under_way:
+        work.wait()
     return whole - count * each
-
-
-def _meet(world: World, peer: int) -> None:
-    _swapped(world, peer, 0.0)
-
-
-def _swapped(world: World, peer: int, figure: float) -> float:
-    """The peer's figure for this rank's."""
-    theirs = torch.zeros(1, dtype=torch.float64)
-    coming: Any = dist.irecv(theirs, peer, group=world.control)
-    dist.send(torch.tensor([figure], dtype=torch.float64), peer, group=world.control)
-    coming.wait()
-    return float(theirs)

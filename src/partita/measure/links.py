@@ -2,12 +2,14 @@
 
     seconds one way = latency + bytes / bandwidth          (Hockney, 1994)
 
-The slope is fitted by least squares of the relative deviations among large messages, with an intercept of its own: what
-windows that open slowly or a full bucket add or save once is no bandwidth. The times are of messages as a step sends
-them, the process group's own work included: what that adds to the link's own latency (``ping``) is the overhead.
-Of the repeats the least is taken for small messages and the lower quartile for large ones: a core that is shared
-delays some. What messages take of the ends' cores is this process's own time on one host, and between hosts what
-computing beside them loses (``disturbance``): others do part of the work there.
+The slope is the median of the slopes between two large messages each, weighed by the bytes between them (Theil, 1950;
+Sen, 1968): what windows that open slowly or a full bucket add or save once is no bandwidth, and a size whose messages
+were held up does not turn it. The times are of messages as a step sends them, the process group's own work included:
+what that adds to the link's own latency (``ping``) is the overhead. Of the repeats the least is taken for small
+messages and the lower quartile for large ones: a core that is shared delays some. Each size goes there and back some
+times before it is timed, so that windows are open as they are in a long transfer. What messages take of the ends' cores
+is this process's own time on one host, and between hosts what computing beside them loses (``disturbance``): others do
+part of the work there.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from partita.runtime.distributed import World
 
 EVERY_PAIR = 8
 SIZES = (64, 1 << 10, 1 << 18, 1 << 19, 1 << 20, 1 << 21, 1 << 22, 1 << 24)
-SMALL_ROUNDS, LARGE_ROUNDS = 25, 6
+OPENING, SMALL_ROUNDS, LARGE_ROUNDS = 3, 25, 8  # of which the first rounds are not counted
 SMALL, LARGE = 1 << 10, 1 << 18
 LOW = 0.25
 LONG_SECONDS = 0.06  # larger messages than one that takes this long say nothing new
@@ -40,10 +42,11 @@ def line(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
     The bandwidth is the slope among large messages, the rest what small ones take beyond it; at least 0.
     """
     nbytes, seconds = (np.array(column, dtype=np.float64) for column in zip(*times, strict=True))
-    large = nbytes >= LARGE
-    rows = np.stack([np.ones(large.sum()), nbytes[large]], axis=1) / seconds[large, None]
-    (_, per_byte), *_ = np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)
-    per_byte = max(float(per_byte), 1e-15)
+    large = sorted((n, s) for n, s in times if n >= LARGE)
+    slopes = sorted(((d - b) / (c - a), c - a) for (a, b), (c, d) in combinations(large, 2))
+    half = np.cumsum([weight for _, weight in slopes]) >= sum(weight for _, weight in slopes) / 2
+    straight = (large[-1][1] - seconds[nbytes <= SMALL].mean()) / large[-1][0]  # were nothing paid once
+    per_byte = max(slopes[int(np.argmax(half))][0], straight / 2, 1e-15)
     return 1.0 / per_byte, max(0.0, float((seconds - nbytes * per_byte)[nbytes <= SMALL].mean()))
 
 
@@ -61,40 +64,30 @@ def links_between(world: World) -> dict[tuple[int, int], Figures]:
     for a, b in pairs:
         stands_for.setdefault((world.hosts[a], world.hosts[b]), (a, b))
     timed = pairs if world.size <= EVERY_PAIR else list(stands_for.values())
-    busy: dict[tuple[str, str], float] = {}  # of each two hosts whose cores do the work
     own: dict[tuple[int, int], Figures] = {}
     for a, b in timed:
-        hosts = world.hosts[a], world.hosts[b]
-        apart = hosts[0] != hosts[1] and stands_for[hosts] == (a, b) and world.device.type == "cpu"
         if world.rank == a:
             times, host = _ask(world, b)
             bandwidth, whole = line(times)
             with world.watch.waiting(f"rank {b} to time the link"):
                 latency = ping.ask(b, world.control)
-                if apart:
-                    dist.send(torch.tensor([bandwidth], dtype=torch.float64), b, group=world.control)
-                    busy[hosts] = _brief(bytes_a_lost_second(world, b, bandwidth))
             latency = whole if latency is None else min(latency, whole)
             own[a, b] = _brief(bandwidth), _brief(latency), _brief(host), _brief(whole - latency)
         elif world.rank == b:
             _answer(world, a)
             with world.watch.waiting(f"rank {a} to time the link"):
                 ping.answer(a, world.control)
-                if apart:
-                    told = torch.zeros(1, dtype=torch.float64)
-                    dist.recv(told, a, group=world.control)
-                    bytes_a_lost_second(world, a, float(told))
         world.gather(None, "the links to be timed")
     every: dict[tuple[int, int], Figures] = {}
-    for found_here, busy_here in world.gather((own, busy), "the links' speeds"):
+    for found_here in world.gather(own, "the links' speeds"):
         every.update(found_here)
-        busy.update(busy_here)
-    found: dict[tuple[int, int], Figures] = {}
-    for a, b in pairs:
-        hosts = world.hosts[a], world.hosts[b]
-        bandwidth, latency, host, overhead = every.get((a, b)) or every[stands_for[hosts]]
-        found[a, b] = bandwidth, latency, busy.get(hosts, host), overhead
-    return found
+    found = {p: every.get(p) or every[stands_for[world.hosts[p[0]], world.hosts[p[1]]]] for p in pairs}
+    firsts = list({host: rank for rank, host in reversed(list(enumerate(world.hosts)))}.values())[::-1]
+    if len(firsts) < 2 or world.device.type != "cpu":
+        return found
+    between = [p for p in pairs if world.hosts[p[0]] != world.hosts[p[1]]]
+    host = _brief(bytes_a_lost_second(world, firsts, min(found[p][0] for p in between)))
+    return {p: (f[0], f[1], host, f[3]) if p in between else f for p, f in found.items()}
 
 
 def _brief(figure: float) -> float:
@@ -122,7 +115,7 @@ def _ask(world: World, peer: int) -> tuple[list[tuple[float, float]], float]:
                 coming.wait()
                 times.append((perf_counter() - start) / 2)
             host = 2 * size * rounds / max(process_time() - spent, 1e-9)  # of the largest messages, in the end
-            found.append((size, float(np.quantile(times[1:], LOW if size > SMALL else 0.0))))
+            found.append((size, float(np.quantile(times[OPENING:], LOW if size > SMALL else 0.0))))
         dist.send(torch.tensor([0, 0]), peer, group=group)
     return found, host
 

@@ -62,11 +62,11 @@ def sums(
     sharded: frozenset[str],
     silent: frozenset[str],
     rank: int,
-    large: Callable[[Rows], int],
+    large: Callable[[Rows, int], int],
 ) -> Sums:
     """``holders``: graph name of each parameter that wants a gradient -> the ranks that sum it with this one.
-    ``graph``: this rank's. ``silent``: those to which this rank adds nothing. ``large(ranks)``: from how many bytes
-    on a gradient goes alone."""
+    ``graph``: this rank's. ``silent``: those to which this rank adds nothing. ``large(ranks, total)``: from how
+    many bytes on a gradient, of so many in all, goes alone."""
     first: dict[str, int] = {}  # backward has all of a gradient when it comes to the first use: a tied weight's is late
     for position, op in enumerate(graph.ops):
         for name in op.uses():
@@ -76,7 +76,8 @@ def sums(
     shared = []
     for ranks, split in sorted({(holders[n], n in sharded) for n in ordered}):
         names = tuple(n for n in ordered if (holders[n], n in sharded) == (ranks, split))
-        shared.append(Shared(ranks, split, names, _buckets(graph, names, large(ranks))))
+        total = sum(graph.tensor(n).nbytes(0) for n in names)
+        shared.append(Shared(ranks, split, names, _buckets(graph, names, large(ranks, total))))
     expected: dict[str, int] = {}
     for step in instructions:
         if step.kind == "B":

@@ -144,9 +144,9 @@ class Sharing:
             ),
         )
 
-    def _large(self, ranks: tuple[int, ...]) -> int:
-        """From how many bytes on a gradient goes alone over these ranks."""
-        return large_bytes(ring(self.cluster, tuple(f"{self.world.device.type}:{r}" for r in ranks)))
+    def _large(self, ranks: tuple[int, ...], total: int) -> int:
+        """From how many bytes on a gradient, of so many of them in all, goes alone over these ranks."""
+        return large_bytes(ring(self.cluster, tuple(f"{self.world.device.type}:{r}" for r in ranks)), total)
 
     def _norms(self, program: Program, position: int) -> GroupMeeting:
         """Where this rank's batch norms meet: the members of its position in each replica's group."""
