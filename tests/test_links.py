@@ -9,12 +9,15 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
+import torch.distributed as dist
 from planning_graphs import mlp
 
 from benchmarks.two_hosts.link import ROOT, link, why_not
 from partita.cluster import Cluster, Device, Link
 from partita.cluster_file import dumps, loads
 from partita.cost.communication import buckets
+from partita.measure.disturbance import _lost
 from partita.measure.links import SIZES, line
 from partita.plan import Batch, Plan, Stage
 from partita.planners.auto import auto
@@ -74,6 +77,17 @@ def test_a_shaped_link_is_measured_within_a_tenth() -> None:
     assert found["latency_seconds"] == pytest.approx(latency, rel=0.1)
     lost = found["host_bandwidth"]  # the relay takes some 5 ns of a core a byte
     assert lost is None or lost > 1e7  # none: nothing was lost, as where a core is free
+
+
+def test_timing_what_sums_take_of_the_cores_draws_nothing() -> None:
+    """Only one rank of each host times it: what it drew, the others would not have drawn."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        before = torch.get_rng_state()
+        _lost(dist.group.WORLD, 2)
+        assert torch.equal(torch.get_rng_state(), before)
+    finally:
+        dist.destroy_process_group()
 
 
 def _hosts(bandwidth: float) -> Cluster:
