@@ -151,9 +151,7 @@ def serve(cases: Sequence[Case], references: Path, results: Path, until: float, 
                 write(file, case, problems, time.monotonic() - began, sum(cpu for _, cpu in every), stamp)
 
 
-def write(
-    file: Any, case: Case, problems: Sequence[str], seconds: float, processors: float, stamp: str
-) -> None:  # fmt: skip
+def write(file: Any, case: Case, problems: Sequence[str], seconds: float, processors: float, stamp: str) -> None:
     line = {"case": str(case), "ranks": case.ranks, "count": len(problems), "problems": list(problems[:4]),
             "seconds": round(seconds, 2), "processors": round(processors, 2), "code": stamp}  # fmt: skip
     file.write(json.dumps(line) + "\n")

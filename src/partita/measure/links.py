@@ -82,7 +82,7 @@ def links_between(world: World) -> dict[tuple[int, int], Figures]:
     for found_here in world.gather(own, "the links' speeds"):
         every.update(found_here)
     found = {p: every.get(p) or every[stands_for[world.hosts[p[0]], world.hosts[p[1]]]] for p in pairs}
-    firsts = list({host: rank for rank, host in reversed(list(enumerate(world.hosts)))}.values())[::-1]
+    firsts = [world.hosts.index(host) for host in dict.fromkeys(world.hosts)]  # one rank of each host
     if len(firsts) < 2 or world.device.type != "cpu":
         return found
     between = [p for p in pairs if world.hosts[p[0]] != world.hosts[p[1]]]

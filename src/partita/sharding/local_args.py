@@ -144,6 +144,11 @@ def _mean(graph: Graph, whole: Op, op: Op, option: Option, rank: int) -> Steps:
     return (replace(op, outputs=(own.name,)), weigh), (own,)
 
 
+def adding_up(wanted: Placement) -> tuple[str, tuple[Arg, ...]]:
+    """The collective that makes the sum of what members have, and what it is told: all of it, or each one's rows."""
+    return ("reduce_scatter", (wanted.dim, wanted.cut.rounds)) if isinstance(wanted, Shard) else ("all_reduce", ())
+
+
 def _summed(graph: Graph, whole: Op, op: Op, wanted: Placement, rank: int) -> Steps:
     """A product over divided rows: added up, all of it or this member's rows, then the bias."""
     kind, result = short(op.target), op.outputs[0]
@@ -154,9 +159,9 @@ def _summed(graph: Graph, whole: Op, op: Op, wanted: Placement, rank: int) -> St
     assert isinstance(bias, Ref)
     tensor = graph.tensor(whole.outputs[0])
     own, total = (replace(tensor, name=f"{result}@{what}", base="") for what in ("product", "sum"))
-    kept = ("all_reduce",) if not isinstance(wanted, Shard) else ("reduce_scatter", wanted.dim, wanted.cut.rounds)
     total = replace(total, shape=local_shape(tensor.shape, wanted, rank))
-    steps = [replace(product, outputs=(own.name,)), _extra(op, kept[0], (Ref(own.name), *kept[1:]), total.name)]
+    how, which = adding_up(wanted)
+    steps = [replace(product, outputs=(own.name,)), _extra(op, how, (Ref(own.name), *which), total.name)]
     tensors = [own, total]
     if kind.startswith("conv"):  # the bias is one number a channel, dim 1
         held = graph.tensor(bias.name)

@@ -64,8 +64,9 @@ def work(prices: Prices, members: int, graph: Graph, op: Op, option: Option) -> 
     if option.way == "summed":
         whole = sum(t.nbytes(batch) for t in results)
         seconds += passes * whole / prices.memory  # the product, before it is added up
-        passes = 2.0 if passes > 1 or not isinstance(option.outputs[0], Shard) else 1.0  # scattered, and gathered back
-        seconds += passes * (prices.latency + (members - 1) / members * whole / prices.link)
+        scattered = isinstance(option.outputs[0], Shard)  # half of an all_reduce, and the other half in backward
+        halves = 1 if scattered and passes == 1 else 2
+        seconds += halves * (prices.latency + (members - 1) / members * whole / prices.link)
     return seconds
 
 

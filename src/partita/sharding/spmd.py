@@ -17,7 +17,7 @@ from partita.program import Layout, Split
 from partita.sharding.batch import BatchLayouts
 from partita.sharding.call import Call
 from partita.sharding.choose import Choice, in_place
-from partita.sharding.local_args import local_call
+from partita.sharding.local_args import adding_up, local_call
 from partita.sharding.options import Option, functional
 from partita.sharding.placements import (
     COPIED,
@@ -252,9 +252,8 @@ class _Writer:
         """Enter the collective that leads from one placement to another."""
         args: tuple[Arg, ...] = (Ref(source),)
         if isinstance(held, Partial):
-            kind = "all_reduce"
-            if isinstance(wanted, Shard):
-                kind, args = "reduce_scatter", (*args, wanted.dim, wanted.cut.rounds)
+            kind, which = adding_up(wanted)
+            args = (*args, *which)
         elif isinstance(held, Shard) and isinstance(wanted, Shard):
             kind, args = "exchange", (*args, held.dim, held.cut.rounds, wanted.dim, wanted.cut.rounds)
         elif isinstance(held, Shard):
