@@ -19,7 +19,7 @@ from partita.measure import kept_timings, local_cluster, measure_call
 from partita.measure import profile as module
 from partita.measure.profile import profile
 from partita.measure.rehearsal import Rehearsal
-from partita.measure.timings import LEAST_ALONE, MOST_HELD_UP, Sample, ease, held_up
+from partita.measure.timings import LEAST_ALONE, MOST_HELD_UP, Sample, ease, held_up, lines, numbers
 from partita.sharding.batch import layouts
 
 
@@ -179,6 +179,20 @@ def test_ease_is_what_is_left_of_the_seconds_alone() -> None:
     assert ease([[*together, *_samples([(1.2, 1.2)], alone=True)]]) == 1.0
     assert ease([[*together, *_samples([(0.1, 0.1)], alone=True)]]) == LEAST_ALONE
     assert ease([together]) == 1.0  # nobody ran alone
+
+
+def test_what_a_first_gradient_takes_is_told_by_the_smallest_size() -> None:
+    """Only it is timed adding to gradients. At the largest, a step of one microbatch is what was timed there."""
+    units = [(0, "layer", False, 8.0)]
+
+    def timed(seconds: float, fresh: bool) -> Sample:
+        return Sample("weight", 0, fresh, seconds, seconds, 1, False)
+
+    small = numbers([[timed(1.5, True), timed(1.0, False)]], units)
+    large = numbers([[timed(8.5, True)]], units, small)
+    timing = lines([small, large], (2, 16), ["layer"], 1.0)["layer"]
+    assert timing.first == Affine(0.5, 0.0)
+    assert timing.weight == Affine(0.0, 0.5)  # 1.0 at two samples, 8.0 at sixteen
 
 
 def test_equal_layers_beyond_the_timed_ones_are_not_run_and_change_no_count(monkeypatch: pytest.MonkeyPatch) -> None:

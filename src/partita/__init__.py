@@ -19,6 +19,7 @@ from partita.errors import (
 )
 from partita.plan import Batch, Plan, Predicted, Stage
 from partita.trace import Trace
+from partita.uncollected import uncollected
 
 if TYPE_CHECKING:
     from partita.api import (
@@ -68,7 +69,8 @@ def __getattr__(name: str) -> object:
     if name in ("adapters", "checkpoint"):
         return importlib.import_module(f"partita.{name}")
     if name in __all__:
-        return getattr(importlib.import_module("partita.api"), name)
+        with uncollected():
+            return getattr(importlib.import_module("partita.api"), name)
     raise AttributeError(f"module 'partita' has no attribute {name!r}")
 
 

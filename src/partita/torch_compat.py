@@ -28,11 +28,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from partita.uncollected import uncollected
+
 __all__ = [
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
-    "FakeTensorMode",
     "OpOverload",
     "PreDispatchMode",
     "TorchDispatchMode",
@@ -45,6 +46,7 @@ __all__ = [
     "autocast_kernel",
     "decomposes",
     "enable_python_dispatcher",
+    "fake_mode",
     "force_eager",
     "global_hooks",
     "has_grad_hooks",
@@ -83,6 +85,12 @@ class PreDispatchMode(SchemaCheckMode):  # type: ignore[no-untyped-call]
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # otherwise the first op imports torch._dynamo, which takes seconds
+
+
+def fake_mode() -> FakeTensorMode:
+    """The mode under which ops run on fake tensors, real ones beside them. Its first one imports torch._dynamo."""
+    with uncollected():
+        return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -39,7 +39,7 @@ class Tracer(tc.PreDispatchMode):  # type: ignore[no-untyped-call]
                  watch: bool = False) -> None:  # fmt: skip
         super().__init__()
         self.model, self.pieces, self.guards, self.watch = model, pieces, guards, watch
-        self.fake = tc.FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = tc.fake_mode()
         self.trace = Trace()
         self.shadow: Shadow | None = None
         self.names: dict[int, str] = {}

@@ -3,10 +3,10 @@
 The graph is cut into units (``cost.blocks.profile_units``); equal layers have equal signatures and are measured once,
 two of them in turn, so that weights come from memory as in a step. Each unit runs the code a plan would run, on the
 device's own thread and cores, with real inputs: a forward of every unit, then backward and weight gradients in reverse,
-first with no gradients yet, then adding to them. Devices that share the machine's memory run at the same time, and one
-of each kind once more by itself. A large model's step takes seconds, and all of this is waited for: the first round,
-which warms up, is one pass of the smallest size, and as when a device runs by itself, over one of each kind of unit.
-What other processes take meanwhile is not counted where that can be told (``_clock``; see ``timings``).
+with no gradients yet, and at the smallest size once more adding to them. Devices that share the machine's memory run at
+the same time, and one of each kind once more by itself. A large model's step takes seconds, and all of this is waited
+for: the first round, which warms up, is one pass of the smallest size, and as when a device runs by itself, over one of
+each kind of unit. What other processes take meanwhile is not counted where that can be told (``_clock``, ``timings``).
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def profile(
             ]
             _rounds(group, scripts, train, budget_seconds / len(groups), advance)
             for kind in {d.kind for d in group}:
-                by_size = [numbers(script.samples(kind), script.units(parts)) for script in scripts]
+                by_size: list[dict[str, list[dict[str, float]]]] = []
+                for script in scripts:
+                    by_size.append(numbers(script.samples(kind), script.units(parts), by_size[0] if by_size else {}))
                 found = lines(by_size, counts, (p.signature for p in parts), ease(scripts[-1].samples(kind)))
                 fresh |= {(signature, kind): timing for signature, timing in found.items()}
     measured = Measured(fresh)
@@ -215,7 +217,7 @@ def _rounds(
                             train,
                             barrier,
                             number,
-                            again=number > 0 and len(script.program.sizes) > 1,
+                            again=number > 0 and script is scripts[0] and len(script.program.sizes) > 1,
                         )
                         for lane in script.lanes
                     },

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from types import MappingProxyType
 
 from partita.cost.affine import Affine, through
 from partita.cost.measured import Timing
@@ -33,10 +34,16 @@ class Sample:
 
 
 def numbers(
-    lanes: Sequence[Sequence[Sample]], units: Sequence[tuple[int, str, bool, float]]
+    lanes: Sequence[Sequence[Sample]],
+    units: Sequence[tuple[int, str, bool, float]],
+    smaller: Mapping[str, Sequence[Mapping[str, float]]] = MappingProxyType({}),
 ) -> dict[str, list[dict[str, float]]]:
     """Signature -> numbers of each timed instance: typical over rounds, then the median over ``lanes``, devices of one
-    kind. ``units``: (number, signature, whether it runs once on the whole batch, bytes it keeps)."""
+    kind. ``units``: (number, signature, whether it runs once on the whole batch, bytes it keeps).
+
+    ``smaller``: what was found for the same units at fewer samples. Where only those were timed adding to gradients,
+    what a first gradient takes more is theirs: it is memory of the parameters' size, whatever the samples.
+    """
     times: dict[tuple[int, str, bool], list[float]] = {}
     for samples in lanes:
         rounds: dict[tuple[int, str, bool], list[float]] = {}
@@ -49,9 +56,18 @@ def numbers(
     typical = {key: median(values) for key, values in times.items()}
     found: dict[str, list[dict[str, float]]] = {}
     for index, signature, whole, saved in units:
-        new = {phase: typical.get((index, phase, True), 0.0) for phase in PHASES}
-        row = {phase: typical.get((index, phase, False), new[phase]) for phase in PHASES}  # one microbatch: all is new
-        row["first"] = sum(new[phase] - row[phase] for phase in PHASES)
+        alike = smaller.get(signature, ())
+        before = alike[len(found.get(signature, ()))] if alike else {}
+        row = {}
+        for phase in PHASES:
+            new = typical.get((index, phase, True), 0.0)
+            more = (
+                new - typical[index, phase, False]
+                if (index, phase, False) in typical
+                else before.get(f"first {phase}", 0.0)
+            )
+            row[phase], row[f"first {phase}"] = new - more, more
+        row["first"] = sum(row[f"first {phase}"] for phase in PHASES)
         row["saved"] = saved
         row["whole"] = float(whole)
         found.setdefault(signature, []).append(row)
