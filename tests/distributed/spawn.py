@@ -54,18 +54,20 @@ def environment(size: int, rank: int, port: int, extra: Mapping[str, str] | None
 
 
 def run_ranks(
-    size: int, command: Sequence[str], *, timeout: float = 120.0, env: Mapping[str, str] | None = None
+    size: int, command: Sequence[str], *, timeout: float = 120.0, env: Mapping[str, str] | None = None, hosts: int = 1
 ) -> list[Ended]:
     """Run ``python *command`` on each rank, and wait for all; those that outlive ``timeout`` seconds, or a minute after
-    the others (a stopped one does), are killed."""
+    the others (a stopped one does), are killed. ``hosts``: as if they were on so many, in turn: what two share on one
+    host goes over the network."""
     port, start = free_port(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as files:
         ranks = []
         for rank in range(size):
             out = files.enter_context(open(Path(folder) / f"{rank}.out", "w+"))
             err = files.enter_context(open(Path(folder) / f"{rank}.err", "w+"))
+            its = {**(env or {}), **({"PARTITA_HOST": f"host{rank % hosts}"} if hosts > 1 else {})}
             process = subprocess.Popen(
-                [sys.executable, *command], env=environment(size, rank, port, env), stdout=out, stderr=err, cwd=ROOT,
+                [sys.executable, *command], env=environment(size, rank, port, its), stdout=out, stderr=err, cwd=ROOT,
                 start_new_session=True,
             )  # fmt: skip
             ranks.append((process, out, err))

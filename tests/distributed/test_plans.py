@@ -14,7 +14,7 @@ from tests.distributed.cases import Case, product_of
 from tests.distributed.matrix import shows, widest_first
 from tests.distributed.spawn import ROOT, environment, run_ranks
 
-# Each family once, stages, replicas, members and ZeRO levels; the whole product: pytest -m distributed_full
+# Each family, schedule, ZeRO level and kind of division; the whole product: pytest -m distributed_full
 TWO = (
     Case("gpt", 2, 1, "1f1b", 4), Case("t5", 2, 1, "zero_bubble", 4), Case("cnn", 1, 1, "1f1b", 1, tp=2),
     Case("vit", 1, 1, "1f1b", 1, tp=2), Case("moe", 1, 2, "1f1b", 2, zero=3), Case("llama", 1, 2, "1f1b", 2, zero=2),
@@ -26,10 +26,17 @@ FOUR = (
     Case("cnn", 2, 1, "zero_bubble", 4, tp=2), Case("moe", 1, 2, "1f1b", 2, zero=3, tp=2),
     Case("tied", 2, 2, "1f1b", 4, zero=3), Case("tied", 1, 2, "interleaved", 4, zero=3, tp=2),
 )  # fmt: skip
+EIGHT = (Case("gpt", 2, 2, "1f1b", 4, zero=1, tp=2),)
+APART = (
+    Case("moe", 1, 1, "1f1b", 1, tp=2), Case("wide", 1, 2, "1f1b", 2), Case("wide", 1, 2, "1f1b", 2, zero=2),
+    Case("tied", 1, 2, "1f1b", 3, zero=3), Case("t5", 2, 1, "zero_bubble", 4),
+)  # fmt: skip
+FOUR_APART = (Case("vit", 1, 2, "1f1b", 2, zero=3, tp=2), Case("gpt", 1, 4, "1f1b", 4, zero=2))
 
 
-def run(ranks: int, cases: tuple[Case, ...], timeout: float) -> None:
-    ended = run_ranks(ranks, ["-m", "tests.distributed.cases", *map(str, cases)], timeout=timeout)
+def run(ranks: int, cases: tuple[Case, ...], timeout: float, *, hosts: int = 1) -> None:
+    command = ["-m", "tests.distributed.cases", *map(str, cases)]
+    ended = run_ranks(ranks, command, timeout=timeout, hosts=hosts)
     found = [json.loads(line) for line in ended[0].out.splitlines() if line.startswith("{")]
     assert [f for f in found if f["count"]] == []
     assert len(found) == len(cases), "\n".join(e.err[-3000:] for e in ended)
@@ -47,10 +54,17 @@ def test_two_ranks_compute_what_one_process_computes() -> None:
     run(2, TWO, 180)
 
 
-@pytest.mark.distributed_full
-@pytest.mark.parametrize(("ranks", "cases"), [(3, THREE), (4, FOUR)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "cases"), [(3, THREE), (4, FOUR), (8, EIGHT)])
 def test_more_ranks_compute_what_one_process_computes(ranks: int, cases: tuple[Case, ...]) -> None:
-    run(ranks, cases, 300)
+    run(ranks, cases, 400)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "cases"), [(2, APART), (4, FOUR_APART)])
+def test_ranks_of_two_hosts_compute_what_one_process_computes(ranks: int, cases: tuple[Case, ...]) -> None:
+    """No memory is shared between hosts: sums, shards and parts go over sockets."""
+    run(ranks, cases, 400, hosts=2)
 
 
 @pytest.mark.distributed_full

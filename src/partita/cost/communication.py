@@ -34,11 +34,18 @@ section 4.1; RFC 6298 with Linux's least timeout)."""
 @dataclass(frozen=True, slots=True)
 class Channel:
     """One device's link in one direction: bytes per second that collectives reach, seconds a hop; ``host``: bytes per
-    second that its own cores hand over or take, where they do."""
+    second that its own cores hand over or take, where they do; ``word``: seconds until a sender that must not send
+    before knows that the other is ready to take."""
 
     bandwidth: float
     latency: float = 0.0
     host: float = inf
+    word: float = 0.0
+
+    @property
+    def hop(self) -> float:
+        """Seconds of a hop without the bytes."""
+        return self.word + self.latency
 
     def seconds(self, nbytes: float) -> float:
         """One message."""
@@ -46,12 +53,15 @@ class Channel:
 
 
 def ring(cluster: Cluster, members: Sequence[str]) -> Channel:
-    """The slowest link of the ring in this order: in time every hop waits for it."""
+    """The slowest link of the ring in this order: in time every hop waits for it. Over sockets (Gloo) each begins with
+    a word that the other is ready, which messages of a pipeline, whose receives are posted ahead, do not wait for."""
     links = [cluster.link(a, b) for a, b in zip(members, (*members[1:], members[0]), strict=True)]
+    host = min((k.host_bandwidth for k in links), default=inf)
     return Channel(
         min((k.bandwidth for k in links), default=inf),
         max((k.message_seconds for k in links), default=0.0),
-        min((k.host_bandwidth for k in links), default=inf),
+        host,
+        max((k.latency_seconds for k in links if k.host_bandwidth < inf), default=0.0),
     )
 
 
@@ -106,7 +116,7 @@ class Team:
 
 
 def ring_all_reduce(nbytes: float, n: int, channel: Channel) -> float:
-    return 2 * (n - 1) * (channel.latency + nbytes / n / channel.bandwidth) if n > 1 else 0.0
+    return 2 * (n - 1) * (channel.hop + nbytes / n / channel.bandwidth) if n > 1 else 0.0
 
 
 def ring_host_seconds(nbytes: float, n: int, channel: Channel) -> float:
@@ -115,17 +125,17 @@ def ring_host_seconds(nbytes: float, n: int, channel: Channel) -> float:
 
 
 def tree_all_reduce(nbytes: float, n: int, channel: Channel) -> float:
-    return 2 * (ceil(log2(n)) * channel.latency + nbytes / channel.bandwidth) if n > 1 else 0.0
+    return 2 * (ceil(log2(n)) * channel.hop + nbytes / channel.bandwidth) if n > 1 else 0.0
 
 
 def ring_all_gather(nbytes: float, n: int, channel: Channel) -> float:
     """``nbytes``: of the whole result. A reduce_scatter of as many bytes takes as long."""
-    return (n - 1) * (channel.latency + nbytes / n / channel.bandwidth) if n > 1 else 0.0
+    return (n - 1) * (channel.hop + nbytes / n / channel.bandwidth) if n > 1 else 0.0
 
 
 def pairwise_all_to_all(nbytes: float, n: int, channel: Channel) -> float:
     """``nbytes``: of the whole tensor over all devices; each sends its n-th, less what it keeps."""
-    return (n - 1) * (channel.latency + nbytes / n / n / channel.bandwidth) if n > 1 else 0.0
+    return (n - 1) * (channel.hop + nbytes / n / n / channel.bandwidth) if n > 1 else 0.0
 
 
 def all_reduce(nbytes: float, team: Team) -> float:
@@ -165,8 +175,8 @@ def all_to_all(nbytes: float, team: Team) -> float:
     apart = mine * (team.nodes - 1) / team.nodes
     near = mine * (team.per_node - 1) / team.size
     return max(
-        (team.size - team.per_node) * team.across.latency + apart / team.across.bandwidth,
-        (team.per_node - 1) * team.inside.latency + near / team.inside.bandwidth,
+        (team.size - team.per_node) * team.across.hop + apart / team.across.bandwidth,
+        (team.per_node - 1) * team.inside.hop + near / team.inside.bandwidth,
     )
 
 

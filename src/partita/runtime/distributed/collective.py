@@ -51,8 +51,7 @@ class Members:
         if arena is not None:
             return Flight(*arena.sum(flat, self.words(what)))
         self._count(2 * flat.numel() * flat.element_size() * (self.size - 1) // self.size)
-        work = dist.all_reduce(flat, group=self.group, async_op=True)
-        return self._flight(work, what, lambda: flat)
+        return self._flight([dist.all_reduce(flat, group=self.group, async_op=True)], what, lambda: flat)
 
     def scatter(self, flat: torch.Tensor, splits: Sequence[int], what: str) -> Flight:
         """``flat``: all shards in order of rank, ``splits[r]`` elements each; gives this rank's of the sum."""
@@ -61,20 +60,16 @@ class Members:
         if arena is not None:
             return Flight(arena.scatter(flat, splits, self.words(what)))
         self._count((flat.numel() - own) * flat.element_size())
-        arrived = flat.new_empty(own * self.size)
-        work = dist.all_to_all_single(
-            arrived, flat, output_split_sizes=[own] * self.size, input_split_sizes=list(splits), group=self.group,
-            async_op=True,
-        )  # fmt: skip
+        arrived = flat.new_empty(own * self.size).split([own] * self.size)  # type: ignore[no-untyped-call]
+        works = self._each(flat.split(list(splits)), arrived)  # type: ignore[no-untyped-call]
 
         def summed() -> torch.Tensor:
-            parts = arrived.view(self.size, own)
-            total = parts[0] + parts[1]
-            for part in parts[2:]:
+            total: torch.Tensor = arrived[0] + arrived[1]
+            for part in arrived[2:]:
                 total += part
             return total
 
-        return self._flight(work, what, summed)
+        return self._flight(works, what, summed)
 
     def gather(self, out: torch.Tensor, own: torch.Tensor, splits: Sequence[int], what: str) -> Flight:
         """``out``: room for all shards in order of rank."""
@@ -82,14 +77,33 @@ class Members:
         if arena is not None:
             return Flight(arena.gather(out, own, splits, self.words(what)))
         self._count((self.size - 1) * own.numel() * own.element_size())
-        if len(set(splits)) == 1:
-            work: Any = all_gather_single(out, own, group=self.group, async_op=True)
+        if out.is_cuda and len(set(splits)) == 1:
+            works = [all_gather_single(out, own, group=self.group, async_op=True)]
         else:
-            work = dist.all_to_all_single(
-                out, own.repeat(self.size), output_split_sizes=list(splits),
-                input_split_sizes=[own.numel()] * self.size, group=self.group, async_op=True,
-            )  # fmt: skip
-        return self._flight(work, what, lambda: out)
+            works = self._each([own] * self.size, out.split(list(splits)))  # type: ignore[no-untyped-call]
+        return self._flight(works, what, lambda: out)
+
+    def exchange(self, gives: Sequence[torch.Tensor], takes: Sequence[torch.Tensor], what: str) -> None:
+        """``gives[r]`` goes to rank r, ``takes[r]`` comes from it."""
+        self._count(sum(g.numel() * g.element_size() for r, g in enumerate(gives) if r != self.position))
+        with self.world.watch.waiting(self.words(what)):
+            for work in self._each(gives, takes):
+                work.wait()
+
+    def _each(self, gives: Sequence[torch.Tensor], takes: Sequence[torch.Tensor]) -> list[Any]:
+        """Work: every two ranks exchange directly. Contiguous tensors.
+
+        Gloo's own alltoall sends before it says what it is ready to take, and does not begin to send before it hears
+        that: of two ranks that come one after the other, the first sends only when it has taken all of the second's.
+        """
+        if gives[0].is_cuda:
+            every = [take.reshape(-1) for take in takes]
+            return [dist.all_to_all(every, [give.reshape(-1) for give in gives], group=self.group, async_op=True)]
+        if takes[self.position].data_ptr() != gives[self.position].data_ptr():
+            takes[self.position].copy_(gives[self.position])
+        others = [r for r in range(self.size) if r != self.position]
+        works = [dist.irecv(takes[r], group=self.group, group_src=r) for r in others if takes[r].numel()]
+        return works + [dist.isend(gives[r], group=self.group, group_dst=r) for r in others if gives[r].numel()]
 
     def fitting(self, nbytes: int) -> Arena | None:
         """The shared memory, where an op that needs so much of it may go through there."""
@@ -101,10 +115,11 @@ class Members:
     def _count(self, nbytes: int) -> None:
         self.sent.payload += nbytes
 
-    def _flight(self, work: Any, what: str, result: Callable[[], torch.Tensor]) -> Flight:
+    def _flight(self, works: Sequence[Any], what: str, result: Callable[[], torch.Tensor]) -> Flight:
         def land() -> torch.Tensor:
             with self.world.watch.waiting(self.words(what)):
-                work.wait()
+                for work in works:
+                    work.wait()
             return result()
 
         return Flight(land)
@@ -146,18 +161,9 @@ class RankGroup:
         arena = self._members.fitting(largest * self.size * parts[0].element_size())
         if arena is not None:
             return arena.exchange([p.detach() for p in parts], shapes, largest, self._members.words("parts"))
-        self._members.sent.payload += sum(
-            p.numel() * p.element_size() for r, p in enumerate(parts) if r != self.rank
-        )  # fmt: skip
-        flat = torch.cat([p.detach().reshape(-1) for p in parts])
-        counts = [torch.Size(s).numel() for s in shapes]
-        out = flat.new_empty(sum(counts))
-        with self._waiting("an exchange of parts"):
-            dist.all_to_all_single(
-                out, flat, output_split_sizes=counts, input_split_sizes=[p.numel() for p in parts],
-                group=self._members.group,
-            )  # fmt: skip
-        return [part.view(*shape) for part, shape in zip(out.split(counts), shapes, strict=True)]  # type: ignore[no-untyped-call]
+        takes = [parts[0].new_empty(tuple(s)) for s in shapes]
+        self._members.exchange([p.detach().contiguous() for p in parts], takes, "parts")
+        return takes
 
     def broadcast(self, tensor: torch.Tensor | None, source: int = 0) -> torch.Tensor:
         owner = self._members.ranks[source]
