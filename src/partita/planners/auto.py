@@ -163,7 +163,9 @@ class Planner:
             found = search(task)
             if not isinstance(found.outcome, Infeasible):
                 gap = found.gap
-                ranked, _ = rank(task, ((found.built, c) for c in beside(task, found)))
+                ranked, _ = rank(task, (*found.nearly, *((found.built, c) for c in beside(task, found))))
+                if ranked and (ranked[0].built, ranked[0].candidate) in found.nearly:
+                    gap = max(0.0, (1.0 + gap) * ranked[0].candidate.seconds / found.outcome.best.seconds - 1.0)
         as_found = bool(ranked)
         ranked = ranked or [*filter(None, [self._attempt(self._alone())])]
         ranked, words = self._widened(found, ranked)

@@ -37,6 +37,12 @@ from partita.planners.sums import (
 )
 
 HEADROOM = 0.95  # of a device's memory a plan may fill: predicted peaks are right to a few per cent, not to the byte
+HEADROOM_TOGETHER = 0.99  # core groups of one process: tensors are all there is, and 0.6 % the most they were above
+
+
+def usable_bytes(device: Device, *, processes: bool) -> float:
+    """What a plan may fill of the device's memory. ``processes``: each device is one of its own."""
+    return (HEADROOM_TOGETHER if shares_memory(device.name) and not processes else HEADROOM) * device.memory_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -279,7 +285,7 @@ def _pools(cluster: Cluster, resolved: Resolved, processes: bool) -> tuple[Pool,
         groups.setdefault(alike, []).append(device)
     return tuple(
         Pool(
-            ", ".join(d.name for d in group), tuple(d.name for d in group), HEADROOM * group[0].memory_bytes,
+            ", ".join(d.name for d in group), tuple(d.name for d in group), usable_bytes(group[0], processes=processes),
             shares_memory(group[0].name) and not processes,
             host=1.0 / group[0].host_bandwidth if group[0].host_bandwidth else 0.0,
         )

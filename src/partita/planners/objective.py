@@ -170,8 +170,11 @@ def stage_bytes(
     devices_after: int,
     joined: bool,
     synced: bool = False,
+    least: bool = False,
 ) -> float:
-    """Peak bytes on one device of the stage: the one that holds what replicas share."""
+    """Peak bytes on one device of the stage: the one that holds what replicas share. ``least``: with one microbatch a
+    replica gradients come as what they are made of goes, and are not added to all of it.
+    """
     problem = problem.on(choice.pool)
     times, n = problem.times(microbatches, synced=synced), problem.samples(microbatches)
     total, trained = weight_bytes(problem, choice.blocks)
@@ -199,6 +202,8 @@ def stage_bytes(
     peak += 2.0 * float(gone[list(choice.blocks)].max()) if away else 0.0
     whole = float(sum(times.whole_saved[b] for b in choice.blocks))
     activations = living.peak(held, owed, again=bool(again or away))
+    if least and mine == 1:
+        activations = max(0.0, activations - trained)
     return static + lent + activations + whole + peak + received + _largest(times.transient, choice.blocks, n)
 
 
@@ -219,8 +224,8 @@ def candidate_seconds(problem: Problem, candidate: Candidate) -> float:
     )
 
 
-def candidate_bytes(problem: Problem, candidate: Candidate) -> tuple[float, ...]:
-    """Peak bytes on the fullest device of each stage."""
+def candidate_bytes(problem: Problem, candidate: Candidate, *, least: bool = False) -> tuple[float, ...]:
+    """Peak bytes on the fullest device of each stage (``least``: as ``stage_bytes`` has it)."""
     count, m = len(candidate.stages), candidate.microbatches
     after = sum(c.replicas for c in candidate.stages)
     result = []
@@ -229,17 +234,17 @@ def candidate_bytes(problem: Problem, candidate: Candidate) -> tuple[float, ...]
         result.append(
             stage_bytes(
                 problem, choice, m, candidate.schedule, devices_after=after, joined=joined,
-                synced=problem.joined and not joined,
+                synced=problem.joined and not joined, least=least,
             )
         )  # fmt: skip
         after -= choice.replicas
     return tuple(result)
 
 
-def fits(problem: Problem, candidate: Candidate) -> bool:
-    """Whether every stage stays within its devices' memory."""
-    need = candidate_bytes(problem, candidate)
-    return all(bytes_ <= problem.pools[c.pool].memory_bytes for bytes_, c in zip(need, candidate.stages, strict=True))
+def fits(problem: Problem, candidate: Candidate, *, least: bool = False) -> bool:
+    """Whether every stage stays within its devices' memory (``least``: or may, by what it holds at least)."""
+    need = zip(candidate_bytes(problem, candidate, least=least), candidate.stages, strict=True)
+    return all(bytes_ <= problem.pools[c.pool].memory_bytes for bytes_, c in need)
 
 
 def allowed_stage(problem: Problem, blocks: Sequence[int], pool: int) -> bool:

@@ -16,7 +16,7 @@ from partita.group_costs import with_collectives, with_members
 from partita.lower import lower
 from partita.manual import stage_names
 from partita.plan import Batch, Offload, Plan, Stage
-from partita.planners.build import HEADROOM, Built
+from partita.planners.build import Built, usable_bytes
 from partita.planners.objective import updating
 from partita.planners.problem import Candidate
 from partita.planners.shards import named, prices
@@ -165,7 +165,7 @@ def price(task: Task, built: Built, candidate: Candidate) -> Ranked | None:
         trace = with_members(trace, program, division, optimizer=optimizer, processes=task.processes)
     busy = {device: trace.busy_seconds(device) for device, _ in trace.memory}
     slowest = max(busy, key=busy.__getitem__) if busy else ""
-    missing = [(d, need - HEADROOM * cluster.device(d).memory_bytes) for d, need in trace.memory]
+    missing = [(d, need - usable_bytes(cluster.device(d), processes=task.processes)) for d, need in trace.memory]
     worst = max(missing, key=lambda pair: pair[1], default=("", 0.0))
     over = worst if worst[1] > 0 else ("", 0.0)
     update = sum(updating(built.problem, s) for s in candidate.stages if s.pool >= 0)
@@ -177,7 +177,7 @@ def rank(task: Task, listed: Iterable[tuple[Built, Candidate]]) -> tuple[list[Ra
     """Those that fit, best first: all of a small graph's, of a large one's the first ``RANK_OPS`` worth; how full the
     best filled device of any would be.
     """
-    limits = {d.name: HEADROOM * d.memory_bytes for d in task.cluster.devices}
+    limits = {d.name: usable_bytes(d, processes=task.processes) for d in task.cluster.devices}
     ops = 0
     ranked: list[Ranked] = []
     overshoot = float("inf")

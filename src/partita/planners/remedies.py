@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from partita.cluster import Cluster
 from partita.cost.away import SLOWEST, has_host
 from partita.errors import PartitaError, Remedy
-from partita.planners.build import HEADROOM
+from partita.planners.build import usable_bytes
 from partita.planners.conflicts import Atom, atoms, joined, largest_agreement, smallest_conflict
 from partita.planners.constraints import Constraints
 from partita.units import format_bytes, format_seconds
@@ -191,8 +191,8 @@ def _memory(request: Request) -> list[Remedy]:
 def _tightened(request: Request, factor: float, found: Result) -> tuple[float, Result]:
     """A smaller factor, where what was found leaves room."""
     for _ in range(3):
-        limit = {d.name: factor * d.memory_bytes for d in request.cluster.devices}
-        less = factor * max(need / (HEADROOM * limit[device]) for device, need in found.memory) * 1.002
+        limit = {d.name: factor * usable_bytes(d, processes=request.processes) for d in request.cluster.devices}
+        less = factor * max(need / limit[device] for device, need in found.memory) * 1.002
         if less * WORTHWHILE > factor:
             break
         tighter = _try(request, cluster=_scaled(request.cluster, less))

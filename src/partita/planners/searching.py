@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from partita.apart import several_nodes
 from partita.cost.memory import host_update, optimizer_factor
-from partita.planners.build import HEADROOM, Built
+from partita.planners.build import Built, usable_bytes
 from partita.planners.joint import Later, joint
 from partita.planners.objective import fits
 from partita.planners.problem import Candidate, Feasible, Infeasible, Optimal, Outcome, Pool, Problem, StageChoice
@@ -25,16 +25,19 @@ SLACK = 0.002
 TIGHT_SLACK = 0.01
 TEAM_SLACK = 0.02
 TEAM_PARTS = 64
+MOST_NEARLY = 2
 ZERO_LEVELS = (2, 3)  # level 1 sends more than 2 and holds as much or more
 
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """``outcome`` of ``built``'s problem; the best possible is at most ``gap`` (a ratio) faster."""
+    """``outcome`` of ``built``'s problem; the best possible is at most ``gap`` (a ratio) faster. ``nearly``: faster
+    candidates that exceed the memory in closed form, but not so far that simulation may not find them within it."""
 
     built: Built
     outcome: Outcome
     gap: float
+    nearly: tuple[tuple[Built, Candidate], ...] = ()
 
 
 def search(task: Task) -> Searched:
@@ -77,7 +80,9 @@ def search(task: Task) -> Searched:
         return Searched(coarse, Infeasible("no division of the model fits the devices' memory"), 0.0)
     built, outcome = min(pairs, key=lambda pair: pair[1].best.seconds)
     assert not isinstance(outcome, Infeasible)
-    return Searched(built, outcome, max(0.0, outcome.best.seconds / free.best.seconds - 1.0))
+    better = (c for c in (free.best, *free.others) if c.seconds < outcome.best.seconds)
+    nearly = tuple((fine, c) for c in better if fits(fine.problem, c, least=True))[:MOST_NEARLY]
+    return Searched(built, outcome, max(0.0, outcome.best.seconds / free.best.seconds - 1.0), nearly)
 
 
 def _keeping(built: Built) -> Built:
@@ -238,9 +243,9 @@ def closed(
     """The best plan under the schedule that holds least (``first``: any), with ``room`` of the memory; for the problem
     it solves. ``lends``: parameters may live in host memory.
     """
-    limit = {d.name: d.memory_bytes for d in task.cluster.devices}
+    limit = {d.name: usable_bytes(d, processes=task.processes) for d in task.cluster.devices}
     pools = tuple(
-        replace(p, memory_bytes=room * HEADROOM * min(limit[d] for d in built.teams.get(p.devices[0], p.devices[:1])))
+        replace(p, memory_bytes=room * min(limit[d] for d in built.teams.get(p.devices[0], p.devices[:1])))
         for p in built.problem.pools
     )
     problem = replace(

@@ -16,7 +16,7 @@ from partita.cost.memory import optimizer_factor, shares_memory
 from partita.cost.table import CostTable
 from partita.errors import PlanError
 from partita.graph import Graph
-from partita.planners.build import HEADROOM, Built, Counted, build, count, regrouped
+from partita.planners.build import Built, Counted, build, count, regrouped, usable_bytes
 from partita.planners.constraints import Constraints
 from partita.planners.divided import Divider
 from partita.planners.objective import copies_bytes, lent_gains
@@ -214,7 +214,7 @@ class Task:
     def _channel(self, teaming: Teaming) -> Channel:
         """The slowest ring of all teams."""
         rings = [ring(self.cluster, team) for team in teaming.teams.values()]
-        return Channel(min(r.bandwidth for r in rings), max(r.latency for r in rings))
+        return Channel(min(r.bandwidth for r in rings), max(r.latency for r in rings), word=max(r.word for r in rings))
 
     @property
     def divider(self) -> Divider:
@@ -262,7 +262,7 @@ class Task:
     @property
     def holds_all(self) -> bool:
         """Whether the devices together hold every parameter, gradient and optimizer state once."""
-        limit = HEADROOM * sum(d.memory_bytes for d in self.cluster.devices)
+        limit = sum(usable_bytes(d, processes=self.processes) for d in self.cluster.devices)
         factor = 1 + optimizer_factor(self.optimizer) if self.train else 0
         least = 0.0
         for tensor in self.graph.of_role("parameter"):
