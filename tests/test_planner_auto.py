@@ -58,6 +58,15 @@ def test_memory_below_the_parameters_makes_a_pipeline():
     assert all(need <= whole * 0.7 for _, need in made.predicted.memory)
 
 
+@pytest.mark.parametrize(("width", "batch"), [(64, 16), (64, 256), (256, 64), (256, 256), (256, 1024)])
+def test_a_limit_at_what_the_plan_of_ample_memory_holds_changes_nothing(width, batch):
+    graph = mlp(8, width=width, deep=True, batch=batch)
+    ample = plan(graph=graph, optimizer="none")
+    need = max(held for _, held in ample.predicted.memory)
+    tight = plan(cluster(2, memory=int(need / 0.99) + 1), graph, optimizer="none")
+    assert tight.predicted.step_seconds == pytest.approx(ample.predicted.step_seconds, rel=1e-6)
+
+
 def test_recomputation_is_used_where_only_it_fits():
     wide = mlp(8, width=64, deep=True, batch=4096, act="gelu")
     limit = int((8 * 2 + 4 - 3) * 64 * 4 * 4096 * 1.0)

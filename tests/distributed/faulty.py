@@ -1,4 +1,5 @@
-"""A training script in which one rank goes wrong: ``faulty.py what where rank``, run on every rank.
+"""A training script in which one rank goes wrong: ``faulty.py what where rank [zero3]``, run on every rank. A stage
+each, or with ``zero3`` replicas that gather their parameters.
 
 ``what``: 'kill', 'stop' (SIGSTOP: hung as a process), 'hang' (its main thread sleeps), 'raise', 'leave' (ends quietly).
 ``where``: 'start' (before its first step), 'forward' or 'backward' (in the middle of its part of the third step).
@@ -71,10 +72,12 @@ class Fragile(nn.Module):
 
 torch.manual_seed(0)
 model = nn.Sequential(*(Fragile() for _ in range(size)))
-stages = tuple(Stage((f"cpu:{r}",), (f"{r}",)) for r in range(size))
+plan = Plan(tuple(Stage((f"cpu:{r}",), (f"{r}",)) for r in range(size)), batch=Batch(8, 4))
+if "zero3" in sys.argv:
+    plan = Plan((Stage(tuple(f"cpu:{r}" for r in range(size)), ("",)),), batch=Batch(8, size), zero=3)
 if what == "interrupt":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-pm = partita.parallelize(model, (torch.ones(8, 8),), plan=Plan(stages, batch=Batch(8, 4)), loss_fn=nn.MSELoss())
+pm = partita.parallelize(model, (torch.ones(8, 8),), plan=plan, loss_fn=nn.MSELoss())
 optimizer = torch.optim.AdamW(pm.parameters())
 for step in range(1000):
     armed = step == 2 and rank == culprit

@@ -11,9 +11,10 @@ SECONDS = 30.0
 CALM = {"PARTITA_STALL": "6"}
 
 
-def ends(what: str, where: str, culprit: int, size: int = 2) -> list[str]:
-    """What the other ranks wrote; all have ended, none with success."""
-    found = run_ranks(size, ["tests/distributed/faulty.py", what, where, str(culprit)], timeout=90, env=CALM)
+def ends(what: str, where: str, culprit: int, size: int = 2, *, apart: bool = False) -> list[str]:
+    """What the other ranks wrote; all have ended, none with success. ``apart``: ZeRO 3 over replicas, a host each."""
+    words = ["tests/distributed/faulty.py", what, where, str(culprit), *(["zero3"] if apart else [])]
+    found = run_ranks(size, words, timeout=90, env=CALM, hosts=size if apart else 1)
     others = [e for r, e in enumerate(found) if r != culprit]
     assert all(e.code != 0 for e in others), [e.code for e in found]
     assert all(e.seconds < 90 for e in others), "a rank had to be killed by the test"
@@ -33,6 +34,11 @@ def test_a_killed_rank_ends_the_others() -> None:
 def test_an_error_on_one_rank_is_named_on_the_others() -> None:
     (text,) = ends("raise", "backward", 1)
     assert "the cooling has failed" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize(("what", "where"), [("kill", "backward"), ("raise", "forward")])
+def test_a_rank_that_goes_wrong_while_others_exchange_with_it_ends_them(what: str, where: str) -> None:
+    ends(what, where, 0, apart=True)  # an op nobody knows runs on the whole batch, on the first replica
 
 
 @pytest.mark.distributed_full

@@ -33,13 +33,14 @@ class Flight:
 
 
 class Members:
-    """Some ranks, and this one among them."""
+    """Some ranks, and this one among them. ``order``: their positions as the process group has them, ascending."""
 
     def __init__(self, world: World, ranks: Sequence[int], sent: Sent, purpose: str) -> None:
         self.world, self.ranks, self.sent = world, tuple(ranks), sent
         self.group: Group = world.group(ranks, purpose)
         self.arena = Arena.make(world, self.ranks, self.group, sent)
         self.position = self.ranks.index(world.rank)
+        self.order = sorted(range(len(self.ranks)), key=self.ranks.__getitem__)
 
     @property
     def size(self) -> int:
@@ -77,7 +78,7 @@ class Members:
         if arena is not None:
             return Flight(arena.gather(out, own, splits, self.words(what)))
         self._count((self.size - 1) * own.numel() * own.element_size())
-        if out.is_cuda and len(set(splits)) == 1:
+        if out.is_cuda and len(set(splits)) == 1 and self.order == list(range(self.size)):
             works = [all_gather_single(out, own, group=self.group, async_op=True)]
         else:
             works = self._each([own] * self.size, out.split(list(splits)))  # type: ignore[no-untyped-call]
@@ -97,13 +98,13 @@ class Members:
         that: of two ranks that come one after the other, the first sends only when it has taken all of the second's.
         """
         if gives[0].is_cuda:
-            every = [take.reshape(-1) for take in takes]
-            return [dist.all_to_all(every, [give.reshape(-1) for give in gives], group=self.group, async_op=True)]
+            into, out = ([tensors[r].reshape(-1) for r in self.order] for tensors in (takes, gives))
+            return [dist.all_to_all(into, out, group=self.group, async_op=True)]
         if takes[self.position].data_ptr() != gives[self.position].data_ptr():
             takes[self.position].copy_(gives[self.position])
         others = [r for r in range(self.size) if r != self.position]
-        works = [dist.irecv(takes[r], group=self.group, group_src=r) for r in others if takes[r].numel()]
-        return works + [dist.isend(gives[r], group=self.group, group_dst=r) for r in others if gives[r].numel()]
+        works = [dist.irecv(takes[r], self.ranks[r], group=self.group) for r in others if takes[r].numel()]
+        return works + [dist.isend(gives[r], self.ranks[r], group=self.group) for r in others if gives[r].numel()]
 
     def fitting(self, nbytes: int) -> Arena | None:
         """The shared memory, where an op that needs so much of it may go through there."""
