@@ -32,7 +32,8 @@ FEW = 13
 
 @dataclass(frozen=True)
 class Case:
-    """``pp`` stages (twice as many under the interleaved schedule) of ``dp`` replicas of ``tp`` ranks each."""
+    """``pp`` stages (twice as many under the interleaved schedule) of ``dp`` replicas of ``tp`` ranks each.
+    ``backwards``: the plan lists ranks from the last to the first; a ``-`` before the words."""
 
     model: str
     pp: int
@@ -41,6 +42,7 @@ class Case:
     microbatches: int = 4
     zero: int = 0
     tp: int = 1
+    backwards: bool = False
 
     @property
     def ranks(self) -> int:
@@ -57,12 +59,12 @@ class Case:
 
     def __str__(self) -> str:
         words = (self.model, self.pp, self.dp, self.schedule, self.microbatches, self.zero, self.tp)
-        return "/".join(map(str, words))
+        return "-" * self.backwards + "/".join(map(str, words))
 
     @classmethod
     def read(cls, text: str) -> Case:
-        model, pp, dp, schedule, microbatches, zero, tp = text.split("/")
-        return cls(model, int(pp), int(dp), schedule, int(microbatches), int(zero), int(tp))
+        model, pp, dp, schedule, microbatches, zero, tp = text.removeprefix("-").split("/")
+        return cls(model, int(pp), int(dp), schedule, int(microbatches), int(zero), int(tp), text.startswith("-"))
 
 
 def product_of(ranks: int) -> Iterator[Case]:
@@ -86,7 +88,7 @@ def plan_of(case: Case) -> Plan:
     for s in range(case.stages):
         names = [n for part in family.parts[s * count // case.stages : (s + 1) * count // case.stages] for n in part]
         first = (s % case.pp) * each
-        devices = tuple(f"cpu:{r}" for r in range(first, first + each))
+        devices = tuple(f"cpu:{case.ranks - 1 - r if case.backwards else r}" for r in range(first, first + each))
         made.append(Stage(devices, tuple(names) if case.stages > 1 else ("",), tensor=case.tp))
     devices = tuple(f"cpu:{r}" for r in range(case.ranks))
     return Plan(tuple(made), devices=devices, batch=Batch(case.rows, case.microbatches), schedule=case.schedule,

@@ -1,6 +1,6 @@
 """What Members hand each other, ranks in ascending and in descending order: ``python -m tests.distributed.exchanging``.
 
-Ranks of several hosts share no memory, so all goes over the process group. Rank 0 prints what is wrong.
+Ranks of one host share memory; of several, all goes over the process group. Rank 0 prints what is wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ def check(world: World, ranks: tuple[int, ...], sizes: tuple[int, ...]) -> list[
     members = Members(world, ranks, Sent(), f"test {ranks}")
     here, total = members.position, sum(sizes)
     start = sum(sizes[:here])
-    wrong = [] if members.arena is None else ["memory is shared between hosts"]
+    apart = len(set(world.hosts)) > 1
+    wrong = [] if (members.arena is None) == apart else [f"hosts {world.hosts}, and shared memory: {not apart}"]
+    whole = members.sum(rows(world.rank, total), "a test").land()
+    if not torch.equal(whole, sum(rows(r, total) for r in ranks)):  # type: ignore[arg-type]
+        wrong.append(f"the sum over {ranks}: {whole.tolist()}")
     shard = members.scatter(rows(world.rank, total), list(sizes), "a test").land()
     if not torch.equal(shard, sum(rows(r, total) for r in ranks)[start : start + sizes[here]]):  # type: ignore[index]
         wrong.append(f"a shard of the sum over {ranks}: {shard.tolist()}")
@@ -34,7 +38,7 @@ def check(world: World, ranks: tuple[int, ...], sizes: tuple[int, ...]) -> list[
     if not torch.equal(found, torch.cat([rows(r, n) for r, n in zip(ranks, sizes, strict=True)])):
         wrong.append(f"everybody's rows over {ranks}: {found.tolist()}")
     parts = [rows(world.rank, 6 * n).view(n, 6)[:, ::2] for n in sizes]
-    each = RankGroup(members).all_to_all(parts, [(sizes[here], 3)] * members.size)
+    each = RankGroup(members).all_to_all(parts, [(sizes[here], 3)] * members.size, 3 * max(sizes))
     for r, part in zip(ranks, each, strict=True):
         if not torch.equal(part, rows(r, 6 * sizes[here]).view(-1, 6)[:, ::2]):
             wrong.append(f"what rank {r} gave, over {ranks}: {part.tolist()}")

@@ -19,12 +19,14 @@ TWO = (
     Case("gpt", 2, 1, "1f1b", 4), Case("t5", 2, 1, "zero_bubble", 4), Case("cnn", 1, 1, "1f1b", 1, tp=2),
     Case("vit", 1, 1, "1f1b", 1, tp=2), Case("moe", 1, 2, "1f1b", 2, zero=3), Case("llama", 1, 2, "1f1b", 2, zero=2),
     Case("tied", 1, 2, "1f1b", 3, zero=1), Case("wide", 1, 2, "1f1b", 2, zero=2), Case("wide", 1, 2, "1f1b", 2, zero=3),
+    Case("gpt", 1, 1, "1f1b", 1, tp=2, backwards=True),
 )  # fmt: skip
 THREE = (Case("cnn", 1, 3, "1f1b", 3), Case("gpt", 3, 1, "1f1b", 4), Case("vit", 1, 3, "1f1b", 3, zero=3))
 FOUR = (
     Case("t5", 2, 2, "gpipe", 4), Case("llama", 2, 2, "interleaved", 4, zero=3), Case("cnn", 2, 2, "1f1b", 4),
     Case("cnn", 2, 1, "zero_bubble", 4, tp=2), Case("moe", 1, 2, "1f1b", 2, zero=3, tp=2),
     Case("tied", 2, 2, "1f1b", 4, zero=3), Case("tied", 1, 2, "interleaved", 4, zero=3, tp=2),
+    Case("t5", 2, 1, "1f1b", 4, tp=2, backwards=True), Case("gpt", 1, 2, "1f1b", 2, zero=3, tp=2, backwards=True),
 )  # fmt: skip
 EIGHT = (Case("gpt", 2, 2, "1f1b", 4, zero=1, tp=2),)
 APART = (
