@@ -74,6 +74,19 @@ OPTIMIZERS: list[Callable[[Any], torch.optim.Optimizer]] = [
 ]
 
 
+def test_a_script_for_ranks_asks_the_same_of_one_process() -> None:
+    model, parallel = pair()
+    x, t = batch()
+    F.cross_entropy(model(x), t).backward()
+    parallel.train_step(x, t)
+    found = parallel.gradients()
+    assert set(found) == set(grads(model))
+    assert_same_grads(model, parallel)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    torch.testing.assert_close(parallel.clip_grad_norm_(0.1), norm)
+    assert_same_grads(model, parallel)
+
+
 @pytest.mark.parametrize("make", OPTIMIZERS, ids=["sgd", "adamw"])
 @pytest.mark.parametrize("way", ["call", "train_step"])
 @pytest.mark.parametrize("to_none", [True, False])

@@ -336,6 +336,10 @@ class ParallelModule(nn.Module):
         """The parts of every named parameter and buffer that this process holds (in one process: all, whole)."""
         return local_pieces(self.module)
 
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Every parameter's gradient whole, by name; those that have none are left out."""
+        return {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """``torch.nn.utils.clip_grad_norm_`` over all the model's parameters, wherever they are. Returns the norm."""
         return torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm, norm_type)
