@@ -33,7 +33,8 @@ FEW = 13
 @dataclass(frozen=True)
 class Case:
     """``pp`` stages (twice as many under the interleaved schedule) of ``dp`` replicas of ``tp`` ranks each.
-    ``backwards``: the plan lists ranks from the last to the first; a ``-`` before the words."""
+    ``backwards``: the plan lists ranks from the last to the first; a ``-`` before the words. ``divided``: the one stage
+    ('first', 'last') of which there are members; the others have a rank each."""
 
     model: str
     pp: int
@@ -43,10 +44,11 @@ class Case:
     zero: int = 0
     tp: int = 1
     backwards: bool = False
+    divided: str = ""
 
     @property
     def ranks(self) -> int:
-        return self.pp * self.dp * self.tp
+        return self.pp - 1 + self.tp if self.divided else self.pp * self.dp * self.tp
 
     @property
     def stages(self) -> int:
@@ -58,13 +60,23 @@ class Case:
         return ROWS.get(self.model, FEW)
 
     def __str__(self) -> str:
-        words = (self.model, self.pp, self.dp, self.schedule, self.microbatches, self.zero, self.tp)
+        words = (
+            self.model,
+            self.pp,
+            self.dp,
+            self.schedule,
+            self.microbatches,
+            self.zero,
+            self.tp,
+            *filter(None, [self.divided]),
+        )
         return "-" * self.backwards + "/".join(map(str, words))
 
     @classmethod
     def read(cls, text: str) -> Case:
-        model, pp, dp, schedule, microbatches, zero, tp = text.removeprefix("-").split("/")
-        return cls(model, int(pp), int(dp), schedule, int(microbatches), int(zero), int(tp), text.startswith("-"))
+        model, pp, dp, schedule, microbatches, zero, tp, *divided = text.removeprefix("-").split("/")
+        numbers = int(microbatches), int(zero), int(tp)
+        return cls(model, int(pp), int(dp), schedule, *numbers, text.startswith("-"), *divided)
 
 
 def product_of(ranks: int) -> Iterator[Case]:
@@ -85,11 +97,16 @@ def plan_of(case: Case) -> Plan:
     family = FAMILIES[case.model]
     count, made = len(family.parts), []
     each = case.dp * case.tp
+    of_one = {"first": 0, "last": case.stages - 1}.get(case.divided)
     for s in range(case.stages):
         names = [n for part in family.parts[s * count // case.stages : (s + 1) * count // case.stages] for n in part]
         first = (s % case.pp) * each
+        tp = case.tp
+        if of_one is not None:
+            tp = each = case.tp if s == of_one else 1
+            first = s + (case.tp - 1 if s > of_one else 0)
         devices = tuple(f"cpu:{case.ranks - 1 - r if case.backwards else r}" for r in range(first, first + each))
-        made.append(Stage(devices, tuple(names) if case.stages > 1 else ("",), tensor=case.tp))
+        made.append(Stage(devices, tuple(names) if case.stages > 1 else ("",), tensor=tp))
     devices = tuple(f"cpu:{r}" for r in range(case.ranks))
     return Plan(tuple(made), devices=devices, batch=Batch(case.rows, case.microbatches), schedule=case.schedule,
                 zero=case.zero)  # fmt: skip

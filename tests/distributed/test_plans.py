@@ -21,7 +21,9 @@ TWO = (
     Case("tied", 1, 2, "1f1b", 3, zero=1), Case("wide", 1, 2, "1f1b", 2, zero=2), Case("wide", 1, 2, "1f1b", 2, zero=3),
     Case("gpt", 1, 1, "1f1b", 1, tp=2, backwards=True),
 )  # fmt: skip
-THREE = (Case("cnn", 1, 3, "1f1b", 3), Case("gpt", 3, 1, "1f1b", 4), Case("vit", 1, 3, "1f1b", 3, zero=3))
+THREE = (Case("cnn", 1, 3, "1f1b", 3), Case("gpt", 3, 1, "1f1b", 4), Case("vit", 1, 3, "1f1b", 3, zero=3),
+         Case("gpt", 2, 1, "1f1b", 4, tp=2, divided="last"), Case("cnn", 2, 1, "gpipe", 4, tp=2, divided="first"),
+         Case("tied", 2, 1, "zero_bubble", 4, tp=2, backwards=True, divided="last"))  # fmt: skip
 FOUR = (
     Case("t5", 2, 2, "gpipe", 4), Case("llama", 2, 2, "interleaved", 4, zero=3), Case("cnn", 2, 2, "1f1b", 4),
     Case("cnn", 2, 1, "zero_bubble", 4, tp=2), Case("moe", 1, 2, "1f1b", 2, zero=3, tp=2),

@@ -43,9 +43,10 @@ class Seat:
         return own_rows(parameter, shard.dim, shard.cut.rounds, self.rank)
 
 
-def receivers(program: Program, seat: Seat, peer: str) -> tuple[str, ...]:
-    """The members of the peer's group that this member sends to."""
-    return tuple(d for i, d in enumerate(program.members(peer)) if i % seat.size == seat.rank)
+def receivers(program: Program, seat: Seat | None, peer: str) -> tuple[str, ...]:
+    """The members of the peer's group that this member sends to; all of them, where it is alone (``seat`` None)."""
+    size, rank = (seat.size, seat.rank) if seat is not None else (1, 0)
+    return tuple(d for i, d in enumerate(program.members(peer)) if i % size == rank)
 
 
 def places(program: Program) -> dict[str, tuple[str, int, int]]:

@@ -315,7 +315,7 @@ class Worker:
     def send(self, step: Step) -> None:
         instruction, message = step.instruction, step.message
         value = self.mine.outgoing.pop(message[:3], None) if instruction.grad else self.mine.values[step.value]
-        if self.seat is None:
+        if not self.state.program.groups:
             self.exchange.send(instruction.peer, message, value)
             return
         for there in receivers(self.state.program, self.seat, instruction.peer):
