@@ -41,6 +41,14 @@ def test_a_rank_that_goes_wrong_while_others_exchange_with_it_ends_them(what: st
     ends(what, where, 0, apart=True)  # an op nobody knows runs on the whole batch, on the first replica
 
 
+def test_ranks_that_wait_for_one_another_in_shared_memory_end_and_say_so() -> None:
+    """Looking at the memory again and again takes of the processor, and is no sign of life."""
+    ended = run_ranks(2, ["tests/distributed/mismatched.py"], timeout=90, env={"PARTITA_STALL": "3"})
+    assert all(e.code > 0 for e in ended), [e.code for e in ended]
+    words = "all ranks wait for one another: rank 0 for a sum of one over ranks 0, 1; rank 1 for words of one"
+    assert all(words in e.err for e in ended), [e.err for e in ended]
+
+
 @pytest.mark.distributed_full
 def test_a_rank_that_stands_still_is_found_and_ended() -> None:
     (text,) = ends("hang", "forward", 1)

@@ -246,7 +246,7 @@ class Arena:
             if self._least(counter) >= value:
                 return
         nap = NAP_SECONDS
-        with self.world.watch.waiting(what):
+        with self.world.watch.waiting(what, polls=True):
             while self._least(counter) < value:
                 self.world.watch.check()
                 time.sleep(nap)

@@ -66,8 +66,7 @@ class Watch:
         self.what = "before its first step"
         self.moves = 0
         self.inside = False
-        self._waits = ""
-        self._since = 0.0
+        self._waits, self._polls, self._since = "", False, 0.0
         self._alive = (0.0, (-1, 0.0, 0))
         self._seen: dict[int, tuple[str, float]] = {}
         self._store: Any = None
@@ -81,17 +80,17 @@ class Watch:
     # -- the main thread's side ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """While open, the main thread waits for other ranks. A failure of theirs is raised from here."""
+    def waiting(self, what: str, *, polls: bool = False) -> Iterator[None]:
+        """While open, the main thread waits for others, whose failure is raised here; ``polls``: looking is no life."""
         self.check()
         before = self._waits
-        self._waits, self._since = what, time.monotonic()
+        self._waits, self._polls, self._since = what, polls, time.monotonic()
         try:
             yield
         except RuntimeError as error:  # a connection closed, a group's own timeout
             raise self.blame(what, error) from None
         finally:
-            self._waits = before
+            self._waits, self._polls = before, False
             self.moves += 1
 
     @contextlib.contextmanager
@@ -248,7 +247,8 @@ class Watch:
         now = time.monotonic()
         use = (self.moves, time.process_time(), 0)
         since, before = self._alive
-        if use[0] != before[0] or use[1] - before[1] > 0.02 * max(now - since, BEAT_SECONDS):
+        works = not self._polls and use[1] - before[1] > 0.02 * max(now - since, BEAT_SECONDS)
+        if use[0] != before[0] or works:
             self._alive = since, before = now, use
         elif now - since > stall_seconds() / 2:
             use = (*use[:2], _family_work())
