@@ -60,17 +60,8 @@ class Case:
         return ROWS.get(self.model, FEW)
 
     def __str__(self) -> str:
-        words = (
-            self.model,
-            self.pp,
-            self.dp,
-            self.schedule,
-            self.microbatches,
-            self.zero,
-            self.tp,
-            *filter(None, [self.divided]),
-        )
-        return "-" * self.backwards + "/".join(map(str, words))
+        words = (self.model, self.pp, self.dp, self.schedule, self.microbatches, self.zero, self.tp, self.divided)
+        return "-" * self.backwards + "/".join(map(str, words)).rstrip("/")
 
     @classmethod
     def read(cls, text: str) -> Case:
@@ -96,17 +87,15 @@ def plan_of(case: Case) -> Plan:
     """Near-equal runs of parts; stage s on its own ranks, or by turns where interleaved."""
     family = FAMILIES[case.model]
     count, made = len(family.parts), []
-    each = case.dp * case.tp
-    of_one = {"first": 0, "last": case.stages - 1}.get(case.divided)
+    of_one = {"first": 0, "last": case.pp - 1}.get(case.divided)
+    degrees = [case.tp if of_one in (None, place) else 1 for place in range(case.pp)]
+    sizes = [case.dp * degree for degree in degrees]
     for s in range(case.stages):
         names = [n for part in family.parts[s * count // case.stages : (s + 1) * count // case.stages] for n in part]
-        first = (s % case.pp) * each
-        tp = case.tp
-        if of_one is not None:
-            tp = each = case.tp if s == of_one else 1
-            first = s + (case.tp - 1 if s > of_one else 0)
-        devices = tuple(f"cpu:{case.ranks - 1 - r if case.backwards else r}" for r in range(first, first + each))
-        made.append(Stage(devices, tuple(names) if case.stages > 1 else ("",), tensor=tp))
+        place = s % case.pp
+        ranks = range(sum(sizes[:place]), sum(sizes[: place + 1]))
+        devices = tuple(f"cpu:{case.ranks - 1 - r if case.backwards else r}" for r in ranks)
+        made.append(Stage(devices, tuple(names) if case.stages > 1 else ("",), tensor=degrees[place]))
     devices = tuple(f"cpu:{r}" for r in range(case.ranks))
     return Plan(tuple(made), devices=devices, batch=Batch(case.rows, case.microbatches), schedule=case.schedule,
                 zero=case.zero)  # fmt: skip

@@ -56,11 +56,10 @@ def ring(cluster: Cluster, members: Sequence[str]) -> Channel:
     """The slowest link of the ring in this order: in time every hop waits for it. Over sockets (Gloo) each begins with
     a word that the other is ready, which messages of a pipeline, whose receives are posted ahead, do not wait for."""
     links = [cluster.link(a, b) for a, b in zip(members, (*members[1:], members[0]), strict=True)]
-    host = min((k.host_bandwidth for k in links), default=inf)
     return Channel(
         min((k.bandwidth for k in links), default=inf),
         max((k.message_seconds for k in links), default=0.0),
-        host,
+        min((k.host_bandwidth for k in links), default=inf),
         max((k.latency_seconds for k in links if k.host_bandwidth < inf), default=0.0),
     )
 

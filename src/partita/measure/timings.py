@@ -61,11 +61,8 @@ def numbers(
         row = {}
         for phase in PHASES:
             new = typical.get((index, phase, True), 0.0)
-            more = (
-                new - typical[index, phase, False]
-                if (index, phase, False) in typical
-                else before.get(f"first {phase}", 0.0)
-            )
+            adding = typical.get((index, phase, False))
+            more = before.get(f"first {phase}", 0.0) if adding is None else new - adding
             row[phase], row[f"first {phase}"] = new - more, more
         row["first"] = sum(row[f"first {phase}"] for phase in PHASES)
         row["saved"] = saved

@@ -165,13 +165,13 @@ class Planner:
                 gap = found.gap
                 ranked, _ = rank(task, (*found.nearly, *((found.built, c) for c in beside(task, found))))
                 if ranked and (ranked[0].built, ranked[0].candidate) in found.nearly:
-                    gap = max(0.0, (1.0 + gap) * ranked[0].candidate.seconds / found.outcome.best.seconds - 1.0)
+                    gap = found.gap_of(ranked[0].candidate)
         as_found = bool(ranked)
         ranked = ranked or [*filter(None, [self._attempt(self._alone())])]
         ranked, words = self._widened(found, ranked)
         ranked = ranked or [*filter(None, [self._attempt([*self._teams()])])]
         if not as_found and ranked and found is not None and not isinstance(found.outcome, Infeasible):
-            gap = max(0.0, (1.0 + gap) * ranked[0].candidate.seconds / found.outcome.best.seconds - 1.0)
+            gap = found.gap_of(ranked[0].candidate)
         free = task.shared_seconds
         if found is not None and not isinstance(found.outcome, Infeasible):
             free = max(free, found.outcome.best.seconds / (1.0 + found.gap))

@@ -39,6 +39,11 @@ class Searched:
     gap: float
     nearly: tuple[tuple[Built, Candidate], ...] = ()
 
+    def gap_of(self, candidate: Candidate) -> float:
+        """By how much (a ratio) the best possible may be faster than this candidate, by the closed form."""
+        assert not isinstance(self.outcome, Infeasible)
+        return max(0.0, (1.0 + self.gap) * candidate.seconds / self.outcome.best.seconds - 1.0)
+
 
 def search(task: Task) -> Searched:
     """The fastest plans on single devices and their replicas."""

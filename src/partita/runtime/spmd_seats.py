@@ -43,9 +43,9 @@ class Seat:
         return own_rows(parameter, shard.dim, shard.cut.rounds, self.rank)
 
 
-def receivers(program: Program, seat: Seat | None, peer: str) -> tuple[str, ...]:
-    """The members of the peer's group that this member sends to; all of them, where it is alone (``seat`` None)."""
-    size, rank = (seat.size, seat.rank) if seat is not None else (1, 0)
+def receivers(program: Program, size: int, rank: int, peer: str) -> tuple[str, ...]:
+    """The members of the peer's group that member ``rank`` of a group of ``size`` sends to; one that is alone sends to
+    all of them."""
     return tuple(d for i, d in enumerate(program.members(peer)) if i % size == rank)
 
 

@@ -318,7 +318,8 @@ class Worker:
         if not self.state.program.groups:
             self.exchange.send(instruction.peer, message, value)
             return
-        for there in receivers(self.state.program, self.seat, instruction.peer):
+        size, rank = (1, 0) if self.seat is None else (self.seat.size, self.seat.rank)
+        for there in receivers(self.state.program, size, rank, instruction.peer):
             self.exchange.send(there, message, value)
 
     def receive(self, step: Step) -> None:

@@ -72,9 +72,7 @@ class Arena:
                 offer = (os.getpid(), handle, token)
         with world.watch.waiting("shared memory"):
             offers = [None] * len(ranks)
-            dist.all_gather_object(
-                offers, offer, group=group
-            )  # in ascending order of ranks, whatever that of ``ranks``
+            dist.all_gather_object(offers, offer, group=group)  # they come in ascending order of ranks
             by_rank = dict(zip(sorted(ranks), offers, strict=True))
             maps = _opened([by_rank[r] for r in ranks], world.rank, ranks, mine)
             agreed = [None] * len(ranks)

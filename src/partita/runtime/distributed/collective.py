@@ -7,7 +7,6 @@ sum       every rank gets all of the sum                                        
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,12 +83,18 @@ class Members:
             works = self._each([own] * self.size, out.split(list(splits)))  # type: ignore[no-untyped-call]
         return self._flight(works, what, lambda: out)
 
-    def exchange(self, gives: Sequence[torch.Tensor], takes: Sequence[torch.Tensor], what: str) -> None:
-        """``gives[r]`` goes to rank r, ``takes[r]`` comes from it."""
-        self._count(sum(g.numel() * g.element_size() for r, g in enumerate(gives) if r != self.position))
-        with self.world.watch.waiting(self.words(what)):
-            for work in self._each(gives, takes):
-                work.wait()
+    def exchange(
+        self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]], largest: int, what: str
+    ) -> list[torch.Tensor]:
+        """What every rank gave for this one, of ``shapes``; ``parts[r]`` goes to rank r. ``largest``: elements of any
+        part of any rank."""
+        arena = self.fitting(largest * self.size * parts[0].element_size())
+        if arena is not None:
+            return arena.exchange(parts, shapes, largest, self.words(what))
+        self._count(sum(p.numel() * p.element_size() for r, p in enumerate(parts) if r != self.position))
+        takes = [parts[0].new_empty(tuple(s)) for s in shapes]
+        self._wait(self._each([p.contiguous() for p in parts], takes), what)
+        return takes
 
     def _each(self, gives: Sequence[torch.Tensor], takes: Sequence[torch.Tensor]) -> list[Any]:
         """Work: every two ranks exchange directly. Contiguous tensors.
@@ -118,12 +123,15 @@ class Members:
 
     def _flight(self, works: Sequence[Any], what: str, result: Callable[[], torch.Tensor]) -> Flight:
         def land() -> torch.Tensor:
-            with self.world.watch.waiting(self.words(what)):
-                for work in works:
-                    work.wait()
+            self._wait(works, what)
             return result()
 
         return Flight(land)
+
+    def _wait(self, works: Sequence[Any], what: str) -> None:
+        with self.world.watch.waiting(self.words(what)):
+            for work in works:
+                work.wait()
 
 
 class RankGroup:
@@ -137,7 +145,7 @@ class RankGroup:
         if how == "sum":
             return self._members.sum(total.view(-1), "a sum").land().view(total.shape)
         op = dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM
-        with self._waiting("a sum"):
+        with self._members.world.watch.waiting(self._members.words("a sum")):
             dist.all_reduce(total, op, group=self._members.group)
         return total
 
@@ -159,20 +167,12 @@ class RankGroup:
     def all_to_all(
         self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]], largest: int = 0
     ) -> list[torch.Tensor]:
-        arena = self._members.fitting(largest * self.size * parts[0].element_size())
-        if arena is not None:
-            return arena.exchange([p.detach() for p in parts], shapes, largest, self._members.words("parts"))
-        takes = [parts[0].new_empty(tuple(s)) for s in shapes]
-        self._members.exchange([p.detach().contiguous() for p in parts], takes, "parts")
-        return takes
+        return self._members.exchange([p.detach() for p in parts], shapes, largest, "parts")
 
     def broadcast(self, tensor: torch.Tensor | None, source: int = 0) -> torch.Tensor:
         owner = self._members.ranks[source]
         own = tensor if self.rank == source else None
         return spread(self._members.world, own, owner, "a member's tensor", self._members.group)
-
-    def _waiting(self, what: str) -> contextlib.AbstractContextManager[None]:
-        return self._members.world.watch.waiting(f"{what} over ranks {', '.join(map(str, self._members.ranks))}")
 
 
 def _rest(tensor: torch.Tensor, dim: int) -> int:

@@ -28,6 +28,7 @@ from partita.program import Program
 from partita.runtime.distributed.world import World
 from partita.runtime.layout import memory_order, turned_back
 from partita.runtime.route import random_turns
+from partita.runtime.spmd_seats import receivers
 
 HEADER = 128
 AHEAD = 3
@@ -96,9 +97,8 @@ def traffic(graph: Graph, program: Program, rank: int) -> Traffic:
                     received[giver] = received.get(giver, 0) + 1
                 elif step.kind == "SEND":
                     key = (step.tensor, step.microbatch, step.segment if step.grad else -1, step.grad)
-                    for i, taker in enumerate(program.members(step.peer)):
-                        if i % len(members) == position:
-                            note(rank_of(taker), key, step.nbytes)
+                    for taker in receivers(program, len(members), position, step.peer):
+                        note(rank_of(taker), key, step.nbytes)
     made = {
         pair: Line(tuple(k for k, _, _ in found), [n for _, n, _ in found], tuple(a for _, _, a in found))
         for pair, found in lines.items()

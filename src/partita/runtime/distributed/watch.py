@@ -83,14 +83,14 @@ class Watch:
     def waiting(self, what: str, *, polls: bool = False) -> Iterator[None]:
         """While open, the main thread waits for others, whose failure is raised here; ``polls``: looking is no life."""
         self.check()
-        before = self._waits
+        before = self._waits, self._polls
         self._waits, self._polls, self._since = what, polls, time.monotonic()
         try:
             yield
         except RuntimeError as error:  # a connection closed, a group's own timeout
             raise self.blame(what, error) from None
         finally:
-            self._waits, self._polls = before, False
+            self._waits, self._polls = before
             self.moves += 1
 
     @contextlib.contextmanager
